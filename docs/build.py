@@ -1,0 +1,219 @@
+"""Writes the parts of the documents that follow from the code; `--check` only says whether they are in step with it.
+
+Made are: the map of folders in README.md, the public names in docs/road.md, docs/techniques.md and docs/cli.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "tailor"
+# the order of the road, as in tests/test_layers.py
+FOLDERS = (
+    *("text", "metrics", "data", "models", "techniques", "objectives", "artifacts", "inference", "training"),
+    *("evaluation", "rag", "feedback", "curation", "synthesis", "recipes", "jobs", "server", "cli"),
+)
+FILES = ("errors", "explain", "store", "config", "runs")
+WIDTH = 100
+GENERATED = "<!-- written by `make docs`; do not edit -->"
+
+
+def folder_map() -> str:
+    """One line per folder, and one per file to unfold, from the module docstrings."""
+    folders = [name for name in FOLDERS if (SOURCE / name / "__init__.py").is_file()]
+    lines = ["| src/tailor/ | |", "|---|---|"]
+    lines += [f"| `{name}.py` | {_summary(SOURCE / f'{name}.py')} |" for name in FILES]
+    lines += [f"| `{name}/` | {_summary(SOURCE / name / '__init__.py')} |" for name in folders]
+    lines += ["", "<details><summary>Every file</summary>", ""]
+    for name in folders:
+        lines += [f"- `{name}/`"]
+        paths = [path for path in sorted((SOURCE / name).rglob("*.py")) if path.name != "__init__.py"]
+        lines += [f"  - `{path.relative_to(SOURCE / name).as_posix()}` {_summary(path)}" for path in paths]
+    return "\n".join([*lines, "", "</details>"])
+
+
+def names_table() -> str:
+    """The public names of the package, each with the first line of its docstring."""
+    import tailor
+
+    lines = ["| name | what it is |", "|---|---|"]
+    for name in sorted(tailor.__all__, key=str.lower):
+        value = getattr(tailor, name)
+        module = importlib.import_module(tailor._HOMES[name])
+        text = inspect.getdoc(value if callable(value) else module) or ""
+        lines.append(f"| `tailor.{name}` | {_cell(_first_line(text))} |")
+    return "\n".join(lines)
+
+
+def techniques_page() -> str:
+    """docs/techniques.md: what each technique claims of itself, and its settings with their defaults."""
+    from tailor.techniques import TECHNIQUES
+
+    parts = [
+        "# Techniques",
+        GENERATED,
+        "What each technique says of itself (`traits`; tests hold every claim). *Mixes*: rows of other customizations "
+        "may share its passes. *Rows*: too few below the first number, comfortable from the second.",
+        "\n".join(_traits_table(TECHNIQUES)),
+        "Training defaults, found by measurement (docs/log.md). The steps are the passes over your rows, held between "
+        "the smallest and the largest number; every one of them can be set in `train`.",
+        "\n".join(_defaults_table(TECHNIQUES)),
+    ]
+    for name, technique in TECHNIQUES.items():
+        parts += [f"## {name}", inspect.getdoc(technique) or "", "\n".join(_settings_table(technique))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _traits_table(techniques: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| technique | trains | where | base stays | merges | mixes | PEFT files | rows |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, technique in techniques.items():
+        t = technique.traits
+        flags = [_yes(flag) for flag in (t.frozen_base, t.merges, t.mixes, t.peft)]
+        cells = [f"[{name}](#{name})", t.trains, t.where, *flags, f"{t.rows[0]} / {t.rows[1]}"]
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return lines
+
+
+def _defaults_table(techniques: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| technique | learning rate | passes | smallest, largest number of steps | batch size |",
+        "|---|---|---|---|---|",
+    ]
+    for name, technique in techniques.items():
+        d = technique.traits.defaults
+        if d is not None:
+            passes = f"{d.num_epochs:g}"
+            lines.append(f"| {name} | {d.learning_rate:g} | {passes} | {d.min_steps}, {d.max_steps} | {d.batch_size} |")
+    return lines
+
+
+def _settings_table(technique: Any) -> list[str]:
+    lines = ["| setting | default | |", "|---|---|---|"]
+    for key, setting in technique.model_fields.items():
+        if key != "type":
+            default = "required" if setting.is_required() else f"`{_yaml(setting.default)}`"
+            lines.append(f"| `{key}` | {default} | {_cell(setting.description or '')} |")
+    return lines
+
+
+def cli_page(app: Any, program: str = "tailor") -> str:
+    """The `--help` of a Typer app and of every command below it, as a page."""
+    from typer.main import get_command
+
+    command = get_command(app)
+    parts = [f"# `{program}`: every command", GENERATED, f"What `{program} COMMAND --help` prints."]
+    for path in _commands(command, ()):
+        title = " ".join((program, *path))
+        parts += [f"{'#' * (2 + min(len(path), 2))} {title}", f"```text\n{_help(app, path, program)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The path of the command and of those below it, hidden ones left out; lazily imported ones included."""
+    yield path
+    if hasattr(command, "list_commands"):
+        context = command.context_class(command, info_name=path[-1] if path else None)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            if child is not None and not child.hidden:
+                yield from _commands(child, (*path, name))
+
+
+def _help(app: Any, path: Sequence[str], program: str) -> str:
+    from typer import rich_utils
+    from typer.testing import CliRunner
+
+    # read from the terminal and the environment otherwise, so the page would depend on who made it
+    rich_utils.MAX_WIDTH, rich_utils.FORCE_TERMINAL = WIDTH, False
+    environment = {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+    result = CliRunner(env=environment).invoke(app, [*path, "--help"], prog_name=program)
+    if result.exit_code != 0:
+        raise SystemExit(f"`{' '.join((program, *path))} --help` failed: {result.exception or result.output}")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    return "\n".join(line.rstrip() for line in plain.splitlines()).strip("\n")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of `name` replaced. Exits with a message when they are missing."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"the markers {begin} … {end} must stand once each, in this order")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{GENERATED}\n\n{content}\n\n{end}{after}"
+
+
+def documents() -> dict[Path, str]:
+    """Every generated file and what it should contain. Raises ImportError when a part of the package is missing."""
+    app = importlib.import_module("tailor.cli.main").app
+    readme, road = ROOT / "README.md", ROOT / "docs" / "road.md"
+    return {
+        readme: between(readme.read_text("utf-8"), "map", folder_map()),
+        road: between(road.read_text("utf-8"), "names", names_table()),
+        ROOT / "docs" / "techniques.md": techniques_page(),
+        ROOT / "docs" / "cli.md": cli_page(app),
+    }
+
+
+def drift(wanted: Mapping[Path, str]) -> str:
+    """A diff from the files as they are to what they should contain, empty when they agree."""
+    lines: list[str] = []
+    for path, text in wanted.items():
+        present = path.read_text("utf-8").splitlines() if path.is_file() else []
+        lines += difflib.unified_diff(present, text.splitlines(), str(path), "from the code", lineterm="", n=1)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the documents, or with `--check` print a diff and return 1 when they are out of step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when something is out of step")
+    check = parser.parse_args(arguments).check
+    try:
+        wanted = documents()
+    except ImportError as error:
+        raise SystemExit(f"the documents describe a module that cannot be imported: {error}") from error
+    if check and (difference := drift(wanted)):
+        print(f"{difference}\n\nThe documents are out of step with the code: run `make docs`.", file=sys.stderr)
+        return 1
+    for path, text in wanted.items() if not check else ():
+        path.write_text(text, "utf-8")
+    return 0
+
+
+def _summary(path: Path) -> str:
+    return _cell(_first_line(ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""))
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.strip().split("\n\n")[0].split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, tuple | list) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

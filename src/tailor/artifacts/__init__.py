@@ -1,0 +1,1 @@
+"""A customization on disk: `tailor.json` beside the ecosystem's own files; merging, exporting, finding."""

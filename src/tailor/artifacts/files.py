@@ -1,0 +1,134 @@
+"""The files of an artifact: PEFT's layout where PEFT has one, `prompt.json`, or a Hugging Face folder.
+
+One technique stands in the artifact's own folder; several stand in `part-0-<type>/`, `part-1-<type>/`, each complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tailor.errors import ConfigError, DataError, NotFoundError
+from tailor.models.base import Base
+from tailor.models.slots import Slot
+from tailor.store import write_json
+from tailor.techniques import TECHNIQUES, AnyTechnique
+from tailor.techniques.technique import PeftFiles
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROMPT = "prompt.json"
+
+PEFT_TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "prompt_tuning"}
+"""Which of our techniques reads a PEFT adapter of this type."""
+
+
+def write_techniques(folder: Path, techniques: Sequence[AnyTechnique], slot: Slot, base: Base) -> None:
+    """Write every technique's files into `folder` (or its parts)."""
+    for number, technique in enumerate(techniques):
+        part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
+        part.mkdir(exist_ok=True)
+        if technique.traits.peft:
+            write_peft(part, technique.to_peft(slot), base)
+        elif slot.owns_base and not technique.traits.frozen_base:
+            write_model(part, base, {})
+        else:
+            write_json(part / PROMPT, technique.model_dump(mode="json"))
+
+
+def write_peft(folder: Path, files: PeftFiles, base: Base) -> None:
+    """`adapter_config.json` and `adapter_model.safetensors`, as PEFT and the servers that load it expect them."""
+    from safetensors.torch import save_file
+
+    config, tensors = files
+    write_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": base.name, **config})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def read_peft(folder: Path) -> tuple[AnyTechnique, dict[str, Tensor]]:
+    """The technique and slot state of a PEFT folder, ours or anybody's. Raises by name for what we do not honour."""
+    from safetensors.torch import load_file
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise NotFoundError(
+            f"{folder} holds no {ADAPTER_WEIGHTS}",
+            hint="pickled weights are not read; save as safetensors" if pickled else None,
+        )
+    try:
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / ADAPTER_CONFIG}: {error}") from None
+    kind = PEFT_TYPES.get(str(config.get("peft_type")))
+    if kind is None:
+        raise ConfigError(
+            f"{folder}: PEFT adapters of type {config.get('peft_type')} are not supported",
+            hint=f"known: {', '.join(PEFT_TYPES)}",
+        )
+    return TECHNIQUES[kind].from_peft(config, load_file(folder / ADAPTER_WEIGHTS))
+
+
+def read_state(folder: Path, techniques: Sequence[AnyTechnique]) -> dict[str, Tensor]:
+    """The slot state of an artifact's techniques, parts united."""
+    state: dict[str, Tensor] = {}
+    for number, technique in enumerate(techniques):
+        part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
+        if technique.traits.peft:
+            state |= read_peft(part)[1]
+    return state
+
+
+def write_model(folder: Path, base: Base, changes: Mapping[str, Tensor]) -> None:
+    """A Hugging Face folder of the base's weights with some replaced, and its tokenizer; no trace of wrappers."""
+    from transformers import AutoModelForCausalLM
+
+    weights = {re.sub(r"\.base\.(?=[^.]+$)", ".", name): p.detach() for name, p in base.model.named_parameters()}
+    weights |= changes
+    stock = AutoModelForCausalLM.from_config(base.config, attn_implementation="eager", dtype=base.dtype)
+    missing, unexpected = stock.load_state_dict(weights, strict=False)
+    tied = set(getattr(stock, "all_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied - {n for n, _ in stock.named_buffers()}:
+        raise ConfigError(f"the weights do not fit the architecture: {sorted([*missing, *unexpected])[:3]}")
+    stock.tie_weights()
+    if stock.generation_config is not None and base.model.generation_config is not None:
+        stock.generation_config = base.model.generation_config
+    stock.save_pretrained(folder)
+    base.tokenizer.hf.save_pretrained(folder)
+    if base.folder != Path():
+        copy_tokenizer(base.folder, folder)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files as they are: re-saving through a library may change them."""
+    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.model", "vocab.*", "merges.txt"):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+
+
+def merged_weights(base: Base, slot: Slot) -> dict[str, Tensor]:
+    """W' = W + c·B A for every touched layer, computed in fp32 (or wider) and rounded once to the base's dtype."""
+    changed = {}
+    for name, delta in slot.deltas.items():
+        wrapper = base.host.wrap_linear(name)
+        change = delta.weight().detach()
+        change = change.t() if wrapper.transposed else change
+        weight = wrapper.weight.detach()
+        changed[f"{name}.weight"] = (weight.to(change.dtype) + change).to(weight.dtype)
+    return changed
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash over the names and bytes of the files that decide what the artifact answers."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "tailor.json"):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,50 @@
+"""`tailor chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tailor.cli.output import Device, Dtype, say
+
+app = typer.Typer()
+
+
+@app.command()
+def chat(
+    name: Annotated[str, typer.Argument(help="An artifact or a base.")],
+    system: Annotated[str | None, typer.Option("--system", help="A system text in front.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling; each answer takes the next one.")] = 0,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="Where the artifact's base is.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to an artifact or a base. `/new` forgets the conversation, `/quit` (or end of input) leaves."""
+    from tailor.inference.load import load
+    from tailor.text.messages import Message
+
+    customized = load(name, base, device=device, dtype=dtype)
+    opening = [Message("system", system)] if system else []
+    turns = list(opening)
+    say(f"{name}: /new starts over, /quit leaves")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip() in ("/quit", "/exit"):
+            return
+        if line.strip() == "/new":
+            turns = list(opening)
+            continue
+        if not line.strip():
+            continue
+        turns.append(Message("user", line))
+        text = customized.generate(turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        seed += 1
+        turns.append(Message("assistant", text))
+        print(text, flush=True)

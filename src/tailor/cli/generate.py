@@ -1,0 +1,80 @@
+"""`tailor generate`: answers to one prompt or to a file of prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tailor.cli.output import AsJson, Device, Dtype, emit
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    name: Annotated[str, typer.Argument(help="An artifact or a base.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to say to it; '-' reads standard input.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A file of rows; their prompts are answered in order.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system text in front.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="A text at which the answer ends.")] = None,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="Where the artifact's base is.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, or every row of a file (all in one batch)."""
+    from rich.console import Console
+
+    from tailor.inference.load import load
+    from tailor.text.messages import Message
+
+    prompts = [((Message("system", system),) if system else ()) + turns for turns in _prompts(prompt, file)]
+    customized = load(name, base, device=device, dtype=dtype)
+    completions = customized.complete(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "text": c.text,
+            "answer": c.answer,
+            "finish_reason": c.finish_reason,
+            "num_prompt_tokens": c.num_prompt_tokens,
+            "num_tokens": len(c.token_ids),
+        }
+        for c in completions
+    ]
+
+    def render(console: Console) -> None:
+        for row in rows:
+            console.print(row["text"], markup=False)
+
+    emit({"completions": rows}, as_json, render)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[tuple[Any, ...]]:
+    from tailor.data.readers import read_records
+    from tailor.data.records import prompt_of
+    from tailor.text.messages import user
+
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give a prompt or --file, not both and not neither")
+    if file is not None:
+        return [prompt_of(record) for record in read_records(file).records]
+    assert prompt is not None
+    return [(user(sys.stdin.read() if prompt == "-" else prompt),)]

@@ -1,0 +1,93 @@
+"""`tailor tune`: rows in, a working customization out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tailor.cli.output import AsJson, Device, Dtype, Quiet, emit, say
+
+app = typer.Typer()
+
+
+@app.command()
+def tune(
+    source: Annotated[str, typer.Argument(help="A data file, or a recipe (.yaml).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings, e.g. technique.rank=8 train.num_epochs=3 ~data.validation")
+    ] = None,
+    technique: Annotated[str | None, typer.Option("--technique", "-t", help="Technique for a data file.")] = None,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="tailor-nano, a local folder, or a hub id.")] = None,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="The artifact's name.")] = None,
+    validation: Annotated[
+        str | None, typer.Option("--validation", help="A validation file; else 10 % is set aside.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact of that name.")] = False,
+    verify: Annotated[bool, typer.Option(help="Prove at the end that what was trained is what is served.")] = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a base on your rows and save the result under a name.
+
+    Ctrl-C saves a checkpoint; `tailor resume` goes on. Every setting has a default measured for the technique.
+    """
+    from tailor.config import load_recipe
+    from tailor.recipes.tune import TuneRecipe
+    from tailor.recipes.tune import tune as run_tune
+
+    is_recipe = source.endswith((".yaml", ".yml"))
+    given = {
+        "technique": technique,
+        "base.name": base,
+        "data.validation": validation,
+        "output.name": name,
+        "base.device": device if device != "auto" else None,
+        "base.dtype": dtype if dtype != "auto" else None,
+        "output.force": "true" if force else None,
+        "output.verify": None if verify else "false",
+    }
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    defaults: dict[str, Any] = {}
+    if not is_recipe:
+        stem = Path(source).name.split(".")[0] or "data"
+        kind = technique or "lora"
+        defaults = {"data": {"train": source}, "technique": kind, "output": {"name": f"{stem}-{kind}"}}
+    loaded = load_recipe(source if is_recipe else None, TuneRecipe, [*flags, *(overrides or [])], defaults)
+    show(run_tune(loaded.recipe, quiet=quiet), as_json)
+
+
+def show(result: Any, as_json: bool) -> None:
+    """Print what a finished run came to."""
+    from rich.console import Console
+
+    artifact = result.artifact
+    facts = artifact.manifest
+    metrics, parity = facts.get("metrics", {}), facts.get("parity")
+
+    def render(console: Console) -> None:
+        console.print(
+            f"[bold]{artifact.name}[/bold]  {artifact.kind} on {facts['base']['name']}, saved in {artifact.folder}"
+        )
+        console.print(f"rows: {facts['data']['num_train']} trained, {facts['data']['num_validation']} set aside")
+        console.print(f"trainable parameters: {facts['num_parameters']:,}")
+        if metrics:
+            stopped = f" ({metrics['stopped']})" if metrics["stopped"] else ""
+            console.print(f"steps: {metrics['num_steps']}{stopped}, best at {metrics['best_step']}")
+            if metrics["validation_loss"] is not None:
+                console.print(f"validation loss: {metrics['validation_loss']:.4f}")
+            console.print(f"time: {metrics['seconds']:.1f} s, peak memory {metrics['peak_memory'] / 2**30:.2f} GiB")
+        if parity:
+            hops = ", ".join(hop["name"] for hop in parity["hops"])
+            console.print(
+                f"parity: {'passed' if parity['passed'] else 'FAILED'} ({hops}); noise {parity['noise_floor']:.1e}"
+            )
+
+    for note in result.dataset.notes:
+        say(f"note: {note}")
+    emit({"artifact": artifact.name, "folder": str(artifact.folder), **facts}, as_json, render)
+    if not as_json:
+        say(f'next: tailor generate {artifact.name} "…"   or   tailor eval {artifact.name} FILE')

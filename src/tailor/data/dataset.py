@@ -1,0 +1,75 @@
+"""The `data` block of a recipe, and the records it names: training rows, and validation rows that share no prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from tailor.config import Strict
+from tailor.data.examples import Truncation
+from tailor.data.prepare import leakage, split
+from tailor.data.readers import Reading, read_records
+from tailor.data.records import Record
+from tailor.text.render import TrainedTurns
+
+
+class DataSettings(Strict):
+    """The `data` block."""
+
+    train: str = Field(description="the training file: JSONL, JSON, CSV, TSV, Parquet, .gz, .zst")
+    validation: str | None = Field(None, description="the validation file; split off the training file when not given")
+    format: str = Field("auto", description="auto, or one of the formats of docs/formats.md")
+    columns: dict[str, str] = Field(
+        {}, description="our name → the file's column, e.g. {prompt: text, completion: label}"
+    )
+    skip_bad_rows: bool = Field(False, description="go on without the rows that cannot be used (they are listed)")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the prompts that the split sets aside")
+    max_rows: int | None = Field(None, ge=1, description="use only the first rows of the training split")
+    max_seq_len: int | None = Field(
+        None, ge=8, description="longest sequence in tokens; the base's context when not given"
+    )
+    truncation: Truncation = Field(
+        "error", description="rows that do not fit: error, prompt (drop its start), drop (the row)"
+    )
+    trained_turns: TrainedTurns = Field("all", description="assistant turns in the loss: all, or last")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records ready for a run. `notes` says what a person should know: skipped rows, prompts on both sides."""
+
+    train: list[Record]
+    validation: list[Record]
+    content_hash: str
+    notes: tuple[str, ...]
+
+
+def load_dataset(settings: DataSettings, seed: int) -> Dataset:
+    """Read and split. Raises DataError, NotFoundError. A seeded split keeps each prompt on one side."""
+    reading = _read(settings.train, settings)
+    notes = _skipped(reading)
+    if settings.validation is None:
+        parts = split(reading.records, validation_fraction=settings.validation_fraction, seed=seed)
+        train, validation, digest = list(parts.train), list(parts.validation), reading.content_hash
+    else:
+        other = _read(settings.validation, settings)
+        notes += _skipped(other)
+        train, validation = reading.records, other.records
+        digest = f"{reading.content_hash}+{other.content_hash}"
+        leaked = leakage(train, validation)
+        if both := {row for row, _ in (*leaked.exact, *leaked.normalised)}:
+            notes.append(f"{len(both)} validation rows have a prompt that also stands in the training file")
+    return Dataset(train[: settings.max_rows], validation, digest, tuple(notes))
+
+
+def _read(path: str, settings: DataSettings) -> Reading:
+    return read_records(path, format=settings.format, columns=settings.columns, skip_bad_rows=settings.skip_bad_rows)
+
+
+def _skipped(reading: Reading) -> list[str]:
+    if not reading.bad_rows:
+        return []
+    lines = ", ".join(str(row.line) for row in reading.bad_rows[:10])
+    more = "" if len(reading.bad_rows) <= 10 else ", …"
+    return [f"{reading.path}: {len(reading.bad_rows)} bad rows were skipped (lines {lines}{more})"]

@@ -1,0 +1,125 @@
+"""Token ids in, token ids out: batched generation with a cache per sequence, any mixture of slots in one pass.
+
+The engine knows nothing of text. Sequences enter when there is room and leave when they end; every pass is one packed
+row over all that are running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tailor.data.packing import Segment
+from tailor.errors import ResourceError
+from tailor.inference.backend import FinishReason, SamplingParams
+from tailor.inference.sampling import choose
+from tailor.models.attention import KVCache
+from tailor.models.base import Base
+from tailor.models.plan import Plan
+
+
+@dataclass(eq=False)
+class Running:
+    """One sequence: its prompt, what has been sampled so far, and its keys and values."""
+
+    prompt_ids: Sequence[int]
+    slot: int
+    sampling: SamplingParams
+    ended: Callable[[Sequence[int]], bool] = lambda sampled: False
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    cache: KVCache = field(default_factory=KVCache)
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.sampling.seed)
+
+    @property
+    def pending(self) -> Sequence[int]:
+        """Tokens the cache has not seen: the prompt at first, then the last sampled token."""
+        return self.token_ids[-1:] or self.prompt_ids
+
+
+class Engine:
+    """Runs sequences to their end. `max_sequences` run at once; a pass prefills at most `tokens_per_pass` tokens."""
+
+    def __init__(
+        self, base: Base, stop_ids: Sequence[int], max_sequences: int = 64, tokens_per_pass: int = 4096
+    ) -> None:
+        self.base = base
+        self.stop_ids = frozenset(stop_ids)
+        self.max_sequences = max_sequences
+        self.tokens_per_pass = tokens_per_pass
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[Running], progress: Callable[[int], None] | None = None) -> None:
+        """Generate until every sequence has a `finish_reason`. Raises ResourceError for a prompt beyond the context."""
+        for sequence in sequences:
+            if len(sequence.prompt_ids) >= self.base.max_seq_len:
+                raise ResourceError(
+                    f"a prompt of {len(sequence.prompt_ids)} tokens leaves no room in the base's context "
+                    f"of {self.base.max_seq_len}",
+                    hint="shorten the prompt, or use fewer shots",
+                )
+        waiting = list(reversed(sequences))
+        active: list[Running] = []
+        while waiting or active:
+            entering: list[Running] = []
+            room = self.tokens_per_pass
+            while waiting and len(active) + len(entering) < self.max_sequences:
+                size = len(waiting[-1].prompt_ids)
+                if entering and size > room:
+                    break
+                entering.append(waiting.pop())
+                room -= size
+            if entering:
+                self._advance(entering)
+            else:
+                self._advance(active)
+            active = [s for s in active + entering if s.finish_reason is None]
+            if progress is not None:
+                progress(len(sequences) - len(waiting) - len(active))
+
+    def _advance(self, sequences: list[Running]) -> None:
+        """One pass: the sequences' pending tokens in, one more token each out."""
+        ordered = sorted(sequences, key=lambda s: s.slot)
+        logits = self._forward(ordered)
+        logprobs = logits.log_softmax(dim=1)
+        best = logits.argmax(dim=1).tolist()
+        host_logits = logits.cpu() if any(s.sampling.temperature > 0 for s in ordered) else logits
+        for row, sequence in enumerate(ordered):
+            greedy = sequence.sampling.temperature == 0
+            token = best[row] if greedy else choose(host_logits[row], sequence.sampling, sequence.generator)
+            self._take(sequence, token, float(logprobs[row, token]))
+
+    def _forward(self, ordered: Sequence[Running]) -> Tensor:
+        """(num_sequences, V) logits after each sequence's pending tokens."""
+        segments: list[Segment] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        for sequence in ordered:
+            pending, start = sequence.pending, len(ids)
+            position0 = sequence.cache.length
+            ids += pending
+            positions += range(position0, position0 + len(pending))
+            segments.append(Segment(start, len(ids), sequence.slot, position0=position0))
+        plan = Plan.of(segments, caches=[s.cache for s in ordered])
+        device = self.base.device
+        with self.base.host.run(plan):
+            hidden = self.base.hidden(plan, torch.tensor(ids, device=device), torch.tensor(positions, device=device))
+            return self.base.head.logits(hidden[torch.tensor([s.end - 1 for s in segments], device=device)])
+
+    def _take(self, sequence: Running, token: int, logprob: float) -> None:
+        sequence.token_ids.append(token)
+        sequence.logprobs.append(logprob)
+        total = len(sequence.prompt_ids) + len(sequence.token_ids)
+        if token in self.stop_ids or sequence.ended(sequence.token_ids):
+            sequence.finish_reason = "stop"
+        elif len(sequence.token_ids) >= sequence.sampling.max_new_tokens or total >= self.base.max_seq_len:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            sequence.cache = KVCache()  # free the memory at once

@@ -1,0 +1,89 @@
+"""Load a customization by name and talk to it: `tailor.load("tickets-lora").generate("Where is my parcel?")`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tailor.artifacts.artifact import Artifact, attach, find
+from tailor.errors import ConfigError, NotFoundError
+from tailor.inference.backend import Completion, Request, SamplingParams
+from tailor.inference.local import LocalBackend
+from tailor.models.base import Base, load_base
+from tailor.models.files import EMBEDDED
+from tailor.models.slots import Slot
+from tailor.text.messages import Message, user
+
+Prompt = str | Message | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Customized:
+    """A base with one artifact attached (or none: the base itself), ready to answer."""
+
+    base: Base
+    backend: LocalBackend
+    artifact: Artifact | None = None
+    slot: Slot | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What requests call it: None for a base or a model of its own."""
+        return self.artifact.name if self.artifact is not None and self.slot is not None else None
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> str:
+        """The answer's text; `sampling` are SamplingParams (max_new_tokens, temperature, seed, …)."""
+        return self.complete([prompt], **sampling)[0].text
+
+    def complete(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Completion]:
+        """One completion per prompt, generated together."""
+        params = SamplingParams(**sampling)
+        return self.backend.generate([Request(as_messages(p), self.name, params) for p in prompts])
+
+
+def load(name: str | Path, base: str | Base | None = None, *, device: str = "auto", dtype: str = "auto") -> Customized:
+    """An artifact by name or folder (a PEFT folder will do), or a base by name.
+
+    `base` overrides where the artifact's base is found, or passes one that is loaded already. Raises NotFoundError,
+    and ConflictError when the base's weights are not those the artifact was made on.
+    """
+    artifact = _find_or_none(name)
+    if artifact is None:
+        loaded = load_base(name, device, dtype)
+        return Customized(loaded, LocalBackend(loaded))
+    if isinstance(base, Base):
+        loaded = base
+    else:
+        where = str(base or artifact.base_name)
+        if not where:
+            raise ConfigError(f"{artifact.folder} does not say which base it is for", hint="name it with --base")
+        loaded = load_base(where, device, dtype if dtype != "auto" else _trained_dtype(artifact))
+    if artifact.is_base:
+        return Customized(loaded, LocalBackend(loaded), artifact)
+    slot = attach(loaded, artifact)
+    return Customized(loaded, LocalBackend(loaded, {artifact.name: slot}), artifact, slot)
+
+
+def _trained_dtype(artifact: Artifact) -> str:
+    """What was trained is what is served: the precision of the training run unless another is asked for."""
+    return str(artifact.manifest["base"].get("dtype", "auto"))
+
+
+def _find_or_none(name: str | Path) -> Artifact | None:
+    """The artifact; None when the name is a base's. Raises NotFoundError when it is neither."""
+    try:
+        return find(name)
+    except NotFoundError as error:
+        text = str(name)
+        if text in EMBEDDED or Path(text).expanduser().is_dir() or text.count("/") == 1:
+            return None
+        raise NotFoundError(f"there is no artifact or base {text!r}", hint=error.hint) from None
+
+
+def as_messages(prompt: Prompt) -> tuple[Message, ...]:
+    """A prompt in any of its spellings as turns."""
+    if isinstance(prompt, str):
+        return (user(prompt),)
+    return (prompt,) if isinstance(prompt, Message) else tuple(prompt)

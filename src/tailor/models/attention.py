@@ -1,0 +1,138 @@
+"""One attention function for packed training and cached generation.
+
+Shapes: B = 1 always; H query heads, G key/value heads, T packed tokens, S keys of one sequence, D head size.
+
+transformers calls `attend` through its attention interface with q, k, v of the whole packed row. It cuts them at the
+segment boundaries of the running plan and attends inside each sequence: [cache | parents | own keys].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tailor.models.plan import Plan
+
+ATTENTION = "tailor"
+
+
+class KVCache:
+    """Keys and values of one sequence, per layer (1, G, S, D), in buffers that double when they fill up."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens stored (of the first layer; all layers agree between passes)."""
+        return next(iter(self._lengths.values()), 0)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v of shape (1, G, t, D) of new tokens and return those of the whole sequence so far."""
+        length = self._lengths.get(layer, 0)
+        total = length + key.shape[2]
+        self._keys[layer] = _grown(self._keys.get(layer), key, length, total)
+        self._values[layer] = _grown(self._values.get(layer), value, length, total)
+        self._lengths[layer] = total
+        return self._keys[layer][:, :, :total], self._values[layer][:, :, :total]
+
+
+def _grown(buffer: Tensor | None, new: Tensor, length: int, total: int) -> Tensor:
+    if buffer is None or buffer.shape[2] < total:
+        capacity = max(64, 1 << (total - 1).bit_length())
+        grown = new.new_empty(1, new.shape[1], capacity, new.shape[3])
+        if buffer is not None:
+            grown[:, :, :length] = buffer[:, :, :length]
+        buffer = grown
+    buffer[:, :, length:total] = new
+    return buffer
+
+
+def attend(  # noqa: PLR0913  (the signature is transformers')
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention over packed sequences: q (1, H, T, D), k and v (1, G, T, D) → (1, T, H, D).
+
+    `module.slot_host` (set at load) knows the running plan. `attention_mask` is always None (see `no_mask`): segment
+    boundaries take its place. `dropout` is 0: the base always runs in evaluation mode.
+    """
+    plan: Plan = module.slot_host.running()  # type: ignore[union-attr, operator]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    lengths = [segment.length for segment in plan.segments]
+    # split, not slices: its backward is one concatenation, a slice's is a full-size zero tensor per segment
+    queries, keys, values = (list(t.split(lengths, dim=2)) for t in (query, key, value))
+    outputs = []
+    for row, segment in enumerate(plan.segments):
+        if (cache := plan.caches[row]) is not None:
+            keys[row], values[row] = cache.append(layer, keys[row], values[row])
+        elif segment.parent >= 0:
+            # parents stand before their children, so the parent's keys already include its own parents'
+            keys[row] = torch.cat([keys[segment.parent], keys[row]], dim=2)
+            values[row] = torch.cat([values[segment.parent], values[row]], dim=2)
+        outputs.append(attention(queries[row], keys[row], values[row], scaling, sliding_window, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of the last t tokens of one sequence over all its S tokens: (1, H, t, D) → (1, H, t, D).
+
+    `window` lets a token see itself and the `window` - 1 before it; `softcap` c maps scores x to c·tanh(x/c)
+    (Gemma 2, arXiv:2408.00118 section 2).
+    """
+    t, s = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    windowed = window is not None and s > window
+    if softcap is None and not windowed and (t == s or t == 1):
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=t == s and t > 1, scale=scaling, enable_gqa=grouped
+        )
+    mask = visible(t, s, window if windowed else None, query.device)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(
+        dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)
+    )
+    return weights.to(query.dtype) @ value
+
+
+def visible(t: int, s: int, window: int | None, device: torch.device) -> Tensor:
+    """(t, s) booleans: what each of the last t of s tokens may look at."""
+    own = torch.arange(s - t, s, device=device)[:, None]
+    other = torch.arange(s, device=device)[None, :]
+    mask = other <= own
+    return mask if window is None else mask & (other > own - window)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask function that goes with `attend`: there is no mask, segments say who sees whom."""
+    return None
+
+
+def register() -> None:
+    """Make `attend` known to transformers under the name `tailor` (idempotent)."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, no_mask)

@@ -1,0 +1,195 @@
+"""The base: any causal LM that transformers can load, frozen once, run packed, many slots at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailor.data.packing import Batch, Segment
+from tailor.errors import ConfigError, ResourceError
+from tailor.models import attention
+from tailor.models.attention import ATTENTION
+from tailor.models.files import fingerprint, resolve, weight_files
+from tailor.models.loss_head import Head, token_logprobs
+from tailor.models.placement import placement_of
+from tailor.models.plan import Plan
+from tailor.models.slots import SlotHost
+from tailor.text.render import Renderer, make_renderer
+from tailor.text.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class Base:
+    """A loaded, frozen model with its tokenizer, renderer and slot host.
+
+    Every pass goes through `hidden`: packed tokens in, hidden states out. T packed tokens, H hidden size, V vocabulary.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, model: nn.Module, tokenizer: Tokenizer, device: torch.device, base_print: str
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.model = model
+        self.config: Any = model.config
+        self.tokenizer = tokenizer
+        self.renderer: Renderer = make_renderer(tokenizer)
+        self.device = device
+        self.dtype = next(model.parameters()).dtype
+        self.fingerprint = base_print
+        self.host = SlotHost(model, placement_of(self.config), tokenizer)
+        self.max_seq_len = context_length(self.config)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._decoder: nn.Module = model.base_model  # type: ignore[assignment]
+
+    @property
+    def head(self) -> Head:
+        """The loss head, over the model's own output weights (tied or not)."""
+        output: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        return Head(
+            output.weight,  # type: ignore[arg-type]
+            getattr(output, "bias", None),
+            scale=1.0 / float(getattr(self.config, "logits_scaling", 1.0) or 1.0),
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+
+    def hidden(self, plan: Plan, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Packed (T,) ids and positions → (T, H). Must be called inside `host.run(plan)`.
+
+        Raises ResourceError when a position lies beyond the base's context.
+        """
+        longest = max((s.position0 + s.length for s in plan.segments), default=0)
+        if longest > self.max_seq_len:
+            raise ResourceError(f"a sequence of {longest} tokens exceeds the base's context of {self.max_seq_len}")
+        output = self._decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def batch_logprobs(self, batch: Batch, plan: Plan) -> Tensor:
+        """(N,) logprobs of the batch's N counted targets, in token order. Must be called inside `host.run(plan)`."""
+        hidden = self.hidden(plan, batch.input_ids.to(self.device), batch.position_ids.to(self.device))
+        counted = batch.loss_mask.to(self.device)
+        return token_logprobs(hidden[counted], self.head, batch.targets.to(self.device)[counted])
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """`batch_logprobs` without gradients, in a pass of its own; (N,) on the CPU."""
+        plan = Plan.of_batch(batch)
+        with self.host.run(plan):
+            return self.batch_logprobs(batch, plan).cpu()
+
+    @torch.no_grad()
+    def logits(self, token_ids: list[int], slot: int = 0) -> Tensor:
+        """(T, V) logits of one sequence in fp32: for tests, probes and verification."""
+        plan = Plan.of([Segment(0, len(token_ids), slot)])
+        with self.host.run(plan):
+            ids = torch.tensor(token_ids, device=self.device)
+            return self.head.logits(self.hidden(plan, ids, torch.arange(len(token_ids), device=self.device)))
+
+
+def load_base(name_or_path: str | Path = "tailor-nano", device: str = "auto", dtype: str = "auto") -> Base:
+    """Load `tailor-nano` (embedded), a local folder, or a hub id (downloaded once, because you named it).
+
+    `device`: auto, cpu, cuda, mps. `dtype`: auto is bfloat16 on a GPU that has it and float32 elsewhere. Safetensors
+    only; code that ships with a model is never run. Raises NotFoundError, AuthError, ConfigError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = resolve(name_or_path)
+    quiet_loading(folder)
+    where = pick_device(device)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    placement_of(config)
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        config=config,
+        dtype=pick_dtype(dtype, where),
+        attn_implementation="eager",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return wrap_model(model, load_tokenizer(folder), where, name=str(name_or_path), folder=folder)
+
+
+def quiet_loading(folder: Path) -> None:
+    """A bar for loading is worth showing from a gigabyte on."""
+    from transformers.utils import logging
+
+    large = sum(path.stat().st_size for path in weight_files(folder)) > 1_000_000_000
+    (logging.enable_progress_bar if large else logging.disable_progress_bar)()
+
+
+def wrap_model(
+    model: Any, tokenizer: Tokenizer, device: torch.device, *, name: str = "model", folder: Path | None = None
+) -> Base:
+    """A Base over a transformers model that is already in memory; checks the packed attention against the stock one."""
+    attention.register()
+    model.to(device).eval()
+    stock = _stock_probe(model, device)
+    model.set_attn_implementation(ATTENTION)
+    base = Base(name, folder or Path(), model, tokenizer, device, fingerprint(folder) if folder else "")
+    _check_probe(base, stock)
+    return base
+
+
+def _probe_ids(config: Any) -> list[int]:
+    return [(7 * k + 11) % min(1000, int(config.vocab_size)) for k in range(12)]
+
+
+@torch.no_grad()
+def _stock_probe(model: Any, device: torch.device) -> Tensor:
+    ids = torch.tensor([_probe_ids(model.config)], device=device)
+    return model(input_ids=ids, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def _check_probe(base: Base, stock: Tensor) -> None:
+    """Two packed copies of the probe must give the stock model's logits: positions, masks, scales and caps agree."""
+    ids = _probe_ids(base.config)
+    plan = Plan.of([Segment(0, len(ids)), Segment(len(ids), 2 * len(ids))])
+    twice = torch.tensor(ids + ids, device=base.device)
+    positions = torch.arange(len(ids), device=base.device).repeat(2)
+    with torch.no_grad(), base.host.run(plan):
+        ours = base.head.logits(base.hidden(plan, twice, positions))[len(ids) :].float()
+    spread = float(stock.std()) or 1.0
+    off = float((ours - stock).abs().max()) / spread
+    limit = 1e-3 if base.dtype in (torch.float32, torch.float64) else 0.1
+    if not off < limit:
+        raise ConfigError(
+            f"{base.name}: the packed forward pass differs from the stock model's by {off:.1e} of a logit's spread",
+            hint="this architecture variant is not supported; nothing was trained or generated",
+        )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first of cuda, mps, cpu that is there. Raises ConfigError for one that is not."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    if not present.get(device.split(":")[0], False):
+        raise ConfigError(
+            f"device {device!r} is not available here", hint=f"there is: {', '.join(k for k in present if present[k])}"
+        )
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it, float32 elsewhere (exact, and faster for small bases on a CPU)."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown", hint=f"choices: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence in tokens. With long-RoPE, the length up to which its short factors hold for every row."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        return int(original)
+    return int(config.max_position_embeddings)

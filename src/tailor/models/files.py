@@ -1,0 +1,102 @@
+"""Where a base's files are, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tailor.errors import AuthError, ConfigError, NotFoundError, nearest
+from tailor.runs import home
+
+EMBEDDED = {"tailor-nano": Path(__file__).parent / "embedded"}
+"""Bases that ship with the package."""
+
+WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder of a base: embedded, a local folder, a full or merged artifact by name, or a hub id (downloads).
+
+    Raises NotFoundError, AuthError for a gated one, ConfigError for a folder without safetensors.
+    """
+    name = str(name_or_path)
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    for folder in (Path(name).expanduser(), home() / "artifacts" / name):
+        if folder.is_dir():
+            return _checked(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise NotFoundError(f"there is no folder {name}", hint=f"bundled bases: {', '.join(EMBEDDED)}")
+    if "/" not in name:
+        raise NotFoundError(
+            f"there is no base {name!r}",
+            hint=f"{nearest(name, EMBEDDED)}; or give a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M",
+        )
+    return _download(name)
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise NotFoundError(f"{folder} holds no config.json", hint="a base is a folder in the Hugging Face layout")
+    if not weight_files(folder):
+        raise ConfigError(
+            f"{folder} holds no safetensors weights",
+            hint="pickled weights (.bin, .pt) are not read: convert them with safetensors.torch.save_file",
+        )
+    return folder
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, allow_patterns=WEIGHT_PATTERNS)
+    except GatedRepoError as error:
+        raise AuthError(
+            f"{repository} is gated", hint="accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"the hub has no model {repository!r}", hint="check the spelling, or set HF_TOKEN"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise NotFoundError(
+            f"{repository} is neither here nor could it be downloaded{offline}",
+            hint="give a local folder, or `tailor-nano`, which needs no network",
+        ) from error
+    return _checked(Path(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The base's own safetensors files (an adapter lying beside them is not part of it)."""
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the weights: every tensor's name, dtype and shape, and 256 bytes spread evenly over its data.
+
+    Independent of how the tensors are split over files; reads a few pages per tensor, not the file.
+    """
+    digest = hashlib.sha256()
+    tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+        tensors |= {name: (path, 8 + size, entry) for name, entry in header.items() if name != "__metadata__"}
+    for name in sorted(tensors):
+        path, origin, entry = tensors[name]
+        start, stop = entry["data_offsets"]
+        digest.update(f"{name}|{entry['dtype']}|{entry['shape']}|".encode())
+        if stop > start:
+            data = np.memmap(path, dtype=np.uint8, mode="r", offset=origin + start, shape=(stop - start,))
+            places = np.linspace(0, stop - start - 1, num=256).astype(np.int64)
+            digest.update(data[places].tobytes())
+    return digest.hexdigest()[:32]

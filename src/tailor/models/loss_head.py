@@ -1,0 +1,99 @@
+"""Per-token logprobs at loss positions only, chunked, recomputed in backward.
+
+N loss positions, H hidden size, V vocabulary. The (N, V) logits never exist at once: a chunk of rows is projected,
+reduced to one number per row, and thrown away; backward projects it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: x → cap·tanh(s·(W x + b)/cap).
+
+    `scale` s is 1/logits_scaling for Granite, `softcap` is Gemma 2's final soft-capping (arXiv:2408.00118 section 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, H) → (…, V) in fp32 (float64 for a float64 base)."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Log-probability of each target: hidden (N, H), targets (N,) → (N,) in fp32, differentiable in hidden and head."""
+    return _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, chunk)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(z)[target] = z[target] - logsumexp(z), and its gradient (onehot - softmax(z))."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  (autograd passes them flat)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+    ) -> Tensor:
+        head = Head(weight, bias, scale, softcap)
+        pieces = []
+        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            z = head.logits(rows)
+            pieces.append(z.gather(1, wanted[:, None])[:, 0] - z.logsumexp(dim=1))
+        ctx.head, ctx.chunk, ctx.has_bias = (scale, softcap), chunk, bias is not None
+        ctx.save_for_backward(hidden, weight, targets, *([bias] if bias is not None else []))
+        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, weight, targets, *rest = ctx.saved_tensors
+        bias = rest[0] if ctx.has_bias else None
+        scale, softcap = ctx.head
+        head = Head(weight, bias, scale, softcap)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if ctx.needs_input_grad[2] else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            stop = start + ctx.chunk
+            rows, wanted, g = hidden[start:stop], targets[start:stop], grad[start:stop]
+            z = head.logits(rows)
+            slope = scale if softcap is None else scale * (1 - (z / softcap) ** 2)
+            dz = z.softmax(dim=1).neg_()
+            dz.scatter_add_(1, wanted[:, None], torch.ones_like(dz[:, :1]))
+            dz = (dz.mul_(g[:, None]) * slope).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start:stop] = dz @ weight
+            if grad_weight is not None:
+                grad_weight += dz.t() @ rows
+            if grad_bias is not None:
+                grad_bias += dz.sum(dim=0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

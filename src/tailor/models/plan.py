@@ -1,0 +1,65 @@
+"""What one pass over the base contains: sequences, the spans of the slots, and what belongs to this step only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tailor.data.packing import Batch, Segment
+from tailor.models.attention import KVCache
+
+
+class Span(NamedTuple):
+    """Tokens start to end of the packed row belong to this slot."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen facts of one training micro-step or engine step.
+
+    `step` and `training` decide dropout: masks are drawn per sequence from (slot seed, step, module, example index),
+    so they do not depend on how sequences were packed or on who else is in the pass.
+    """
+
+    segments: tuple[Segment, ...]
+    spans: tuple[Span, ...]
+    caches: tuple[KVCache | None, ...]
+    step: int = 0
+    training: bool = False
+
+    @staticmethod
+    def of(
+        segments: Sequence[Segment],
+        *,
+        caches: Sequence[KVCache | None] | None = None,
+        step: int = 0,
+        training: bool = False,
+    ) -> Plan:
+        """The plan of these segments. They must be contiguous from 0, sorted by slot, parents before children."""
+        for row, segment in enumerate(segments):
+            expected = segments[row - 1].end if row else 0
+            assert segment.start == expected, "segments must be contiguous"
+            assert row == 0 or segments[row - 1].slot <= segment.slot, "segments must be sorted by slot"
+            assert segment.parent < row, "a parent stands before its children"
+        caches = tuple(caches) if caches is not None else (None,) * len(segments)
+        return Plan(tuple(segments), _spans(segments), caches, step, training)
+
+    @staticmethod
+    def of_batch(batch: Batch, *, step: int = 0, training: bool = False) -> Plan:
+        """The plan of a packed batch."""
+        return Plan.of(batch.segments, step=step, training=training)
+
+
+def _spans(segments: Sequence[Segment]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for segment in segments:
+        if spans and spans[-1].slot == segment.slot:
+            spans[-1] = Span(segment.slot, spans[-1].start, segment.end)
+        else:
+            spans.append(Span(segment.slot, segment.start, segment.end))
+    return tuple(spans)

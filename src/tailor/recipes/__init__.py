@@ -1,0 +1,1 @@
+"""Whole jobs as straight-line stories that name the steps in order."""

@@ -1,0 +1,262 @@
+"""Tune: rows in, a working customization out. And resume: go on from a checkpoint to the same result."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from tailor.artifacts import artifact as artifacts
+from tailor.artifacts.artifact import Artifact
+from tailor.config import Strict, dump_yaml, load_recipe
+from tailor.data.dataset import Dataset, DataSettings, load_dataset
+from tailor.data.examples import Example, Rendering
+from tailor.data.records import Record
+from tailor.errors import ConfigError, ConflictError, DataError, InterruptedRunError, TerminatedRunError
+from tailor.models.base import Base, load_base
+from tailor.models.slots import Slot
+from tailor.objectives import OBJECTIVES
+from tailor.objectives.objective import Objective
+from tailor.recipes.verify import verify_artifact
+from tailor.runs import Run
+from tailor.techniques import AnyTechnique, TechniqueList
+from tailor.techniques.technique import Defaults
+from tailor.training.checkpoint import load_checkpoint, save_checkpoint
+from tailor.training.interrupt import StopRequest, stop_on_signal
+from tailor.training.progress import peak_memory, show_progress
+from tailor.training.settings import Resolved, TrainSettings, resolve_settings
+from tailor.training.track import tensorboard_writer
+from tailor.training.trainer import SlotRun, StepReport, Trainer, finish
+
+
+class BaseSettings(Strict):
+    """The `base` block; a plain name will do."""
+
+    name: str = Field("tailor-nano", description="tailor-nano (embedded), a local folder, or a hub id")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
+
+
+class OutputSettings(Strict):
+    """The `output` block."""
+
+    name: str = Field(description="the artifact's name")
+    force: bool = Field(False, description="replace an artifact of that name")
+    verify: bool = Field(True, description="prove at the end that what was trained is what is served")
+
+
+class TuneRecipe(Strict):
+    """A tuning run. A resolved recipe alone repeats it."""
+
+    base: BaseSettings = BaseSettings()
+    data: DataSettings
+    technique: TechniqueList
+    objective: str = Field("sft", description="what is optimised")
+    train: TrainSettings = TrainSettings()
+    output: OutputSettings
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run came to. `artifact.manifest` holds metrics and the parity record."""
+
+    artifact: Artifact
+    run: Run | None
+    dataset: Dataset
+    base: Base
+    slot: Slot
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that is ready to train: everything up to the first step, rebuilt the same way when it is resumed."""
+
+    recipe: TuneRecipe
+    base: Base
+    dataset: Dataset
+    techniques: tuple[AnyTechnique, ...]
+    slot: Slot
+    rendering: Rendering
+    objective: Objective
+    train: list[Example]
+    validation: list[Example]
+
+
+def tune(recipe: TuneRecipe | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> TuneResult:
+    """Tune a base on rows and save the artifact. `recipe` is a TuneRecipe or the path of one.
+
+    Raises the errors of its steps (ConfigError, DataError, ConflictError, …); an interrupted run raises
+    InterruptedRunError after saving its checkpoint, and `resume` goes on from there.
+    """
+    if not isinstance(recipe, TuneRecipe):
+        recipe = load_recipe(recipe, TuneRecipe, overrides).recipe
+    artifacts.check_free(recipe.output.name, recipe.output.force)
+    prepared = _prepare(recipe)
+    if not prepared.slot.parameters:
+        return _save(prepared, None, None, 0.0)
+    manifest = {"data_hash": prepared.dataset.content_hash, "num_threads": torch.get_num_threads()}
+    run = Run.create(recipe.output.name, dump_yaml(recipe.model_dump(mode="json")), manifest)
+    return _train(prepared, run, quiet=quiet)
+
+
+def resume(name_or_path: str | Path, *, quiet: bool = False) -> TuneResult:
+    """Go on with an interrupted or killed run, to the losses it would have had.
+
+    Raises NotFoundError, ConflictError when it is finished, in use, or its data file has changed.
+    """
+    run = Run.open(name_or_path)
+    manifest = run.manifest
+    if manifest["status"] == "finished":
+        raise ConflictError(f"run {run.name} is finished already", hint=f"its artifact is {manifest.get('artifact')!r}")
+    recipe = load_recipe(run.folder / "recipe.yaml", TuneRecipe).recipe
+    torch.set_num_threads(int(manifest["num_threads"]))  # sums are rounded by how they are cut up
+    prepared = _prepare(recipe)
+    if prepared.dataset.content_hash != manifest["data_hash"]:
+        raise ConflictError(
+            f"the data of run {run.name} has changed since it began",
+            hint="restore the file, or start anew with `tailor tune`",
+        )
+    return _train(prepared, run, quiet=quiet)
+
+
+def _prepare(recipe: TuneRecipe) -> _Prepared:
+    if recipe.objective not in OBJECTIVES:
+        raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=f"choices: {', '.join(OBJECTIVES)}")
+    objective = OBJECTIVES[recipe.objective]()
+    dataset = load_dataset(recipe.data, recipe.train.seed)
+    for record in (*dataset.train[:1], *dataset.validation[:1]):
+        if not isinstance(record, objective.consumes):
+            wanted = " or ".join(kind.__name__ for kind in objective.consumes)
+            raise DataError(
+                f"{record.source}: a {type(record).__name__}, but objective {objective.type} wants {wanted}"
+            )
+    base = load_base(recipe.base.name, recipe.base.device, recipe.base.dtype)
+    techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
+    slot = base.host.attach(techniques, seed=recipe.train.seed)
+    max_seq_len = recipe.data.max_seq_len or base.max_seq_len
+    if max_seq_len > base.max_seq_len:
+        raise ConfigError(f"data.max_seq_len {max_seq_len} is beyond the base's context of {base.max_seq_len}")
+    rendering = Rendering(
+        base.renderer, max_seq_len, slot.virtual_ids, slot.compose, recipe.data.trained_turns, recipe.data.truncation
+    )
+    train = _examples(dataset.train, objective, rendering) if slot.parameters else []
+    validation = _examples(dataset.validation, objective, rendering) if slot.parameters else []
+    return _Prepared(recipe, base, dataset, techniques, slot, rendering, objective, train, validation)
+
+
+def _examples(records: Sequence[Record], objective: Objective, rendering: Rendering) -> list[Example]:
+    examples = [example for record in records for example in objective.examples(record, rendering)]
+    if not examples:
+        raise DataError(f"none of the {len(records)} rows fits into {rendering.max_seq_len} tokens")
+    return examples
+
+
+def _resolved(prepared: _Prepared) -> Resolved:
+    """Settings with the defaults of the technique that trains most (in a list, the last with defaults)."""
+    defaults: list[Defaults] = [t.traits.defaults for t in prepared.techniques if t.traits.defaults is not None]
+    return resolve_settings(prepared.recipe.train, defaults[-1], len(prepared.train))
+
+
+def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
+    recipe = prepared.recipe
+    slot_run = SlotRun(
+        recipe.output.name,
+        prepared.slot,
+        prepared.objective,
+        prepared.train,
+        prepared.validation,
+        recipe.train,
+        _resolved(prepared),
+    )
+    with run.lock(), stop_on_signal() as request:
+        load_checkpoint(run.folder, [slot_run])
+        run.truncate(slot_run.step)
+        run.set_status("running")
+        try:
+            _loop(prepared, run, slot_run, request, quiet=quiet)
+            finish(slot_run)
+        except InterruptedRunError:
+            raise
+        except BaseException:
+            run.set_status("failed")
+            raise
+        seconds = sum(float(line.get("seconds", 0.0)) for line in run.metrics())
+        result = _save(prepared, run, slot_run, seconds)
+        run.set_status("finished", artifact=result.artifact.name, best_step=slot_run.best_step)
+    return result
+
+
+def _loop(prepared: _Prepared, run: Run, slot_run: SlotRun, request: StopRequest, *, quiet: bool) -> None:
+    writer = tensorboard_writer(run.folder) if prepared.recipe.train.tensorboard else None
+    with show_progress(slot_run.name, slot_run.resolved.num_steps, slot_run.step, quiet=quiet) as show:
+
+        def listen(report: StepReport) -> None:
+            _log(run, report, slot_run)
+            if writer is not None:
+                writer(report)
+            show(report)
+
+        trainer = Trainer(prepared.base, [slot_run], listen)
+        while not trainer.done:
+            trainer.step()
+            if request.signal is not None:
+                save_checkpoint(run.folder, [slot_run])
+                run.set_status("interrupted")
+                kind = TerminatedRunError if request.signal == signal.SIGTERM else InterruptedRunError
+                raise kind(
+                    f"stopped at step {slot_run.step}; the checkpoint is saved", hint=f"tailor resume {run.name}"
+                )
+            if slot_run.active and slot_run.step % slot_run.resolved.checkpoint_every == 0:
+                save_checkpoint(run.folder, [slot_run])
+
+
+def _log(run: Run, report: StepReport, slot_run: SlotRun) -> None:
+    values: dict[str, Any] = {
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "tokens_per_second": round(report.tokens_per_second, 1),
+        "seconds": round(report.seconds, 4),
+        "num_tokens": slot_run.num_tokens,
+        "peak_memory": peak_memory(),
+    }
+    if report.validation_loss is not None:
+        values["validation_loss"] = report.validation_loss
+    run.log(report.step, **values)
+
+
+def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None, seconds: float) -> TuneResult:
+    recipe = prepared.recipe
+    facts: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "objective": recipe.objective,
+        "data": {
+            "content_hash": prepared.dataset.content_hash,
+            "num_train": len(prepared.dataset.train),
+            "num_validation": len(prepared.dataset.validation),
+        },
+    }
+    if slot_run is not None and run is not None:
+        facts["run"] = run.name
+        facts["metrics"] = {
+            "validation_loss": slot_run.best_loss if slot_run.best_state else None,
+            "best_step": slot_run.best_step,
+            "num_steps": slot_run.step,
+            "stopped": slot_run.stopped,
+            "num_tokens": slot_run.num_tokens,
+            "seconds": round(seconds, 2),
+            "peak_memory": peak_memory(),
+        }
+    artifact = artifacts.save(
+        recipe.output.name, prepared.base, prepared.slot, prepared.techniques, facts, force=recipe.output.force
+    )
+    if recipe.output.verify:
+        parity = verify_artifact(artifact, prepared.base, prepared.slot, prepared.dataset.validation)
+        artifact = artifacts.update_manifest(artifact, parity=parity.to_dict())
+    return TuneResult(artifact, run, prepared.dataset, prepared.base, prepared.slot, seconds)

@@ -1,0 +1,141 @@
+"""Verify: token logprobs of held-out rows at every hop from the trainer to whatever is served."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tailor.artifacts.artifact import Artifact, attach, find, write_merged
+from tailor.data.dataset import DataSettings, load_dataset
+from tailor.data.examples import Example, Rendering, make_examples
+from tailor.data.readers import read_records
+from tailor.data.records import Record
+from tailor.errors import ConfigError
+from tailor.evaluation.likelihood import packed_logprobs
+from tailor.evaluation.parity import Parity, Scorer, stock_logprobs
+from tailor.evaluation.parity import verify as compare_hops
+from tailor.inference.load import Customized, load
+from tailor.models.base import Base, load_base
+from tailor.models.slots import Slot
+
+NUM_ROWS = 8
+
+
+def verify(
+    name: str | Path, *, data: str | None = None, num_rows: int = NUM_ROWS, device: str = "auto", dtype: str = "auto"
+) -> Parity:
+    """Compare every hop of an artifact on the rows of `data`, or on the rows its run held out.
+
+    Raises NotFoundError, DataError when the rows are gone, ConfigError when the artifact has none.
+    """
+    artifact = find(name)
+    customized = load(name, device=device, dtype=dtype)
+    records = read_records(data).records if data is not None else held_out(artifact)
+    return verify_artifact(artifact, customized.base, customized.slot, records, num_rows=num_rows)
+
+
+def verify_artifact(
+    artifact: Artifact, base: Base, slot: Slot | None, records: Sequence[Record], *, num_rows: int = NUM_ROWS
+) -> Parity:
+    """The hops of an artifact against the slot it was saved from (or reloaded into)."""
+    hops: dict[str, Scorer] = {"reloaded artifact": partial(_reloaded, artifact, base)}
+    with tempfile.TemporaryDirectory() as folder:
+        if slot is not None and not slot.owns_base:
+            if all(technique.traits.merges for technique in artifact.techniques):
+                hops["merged weights"] = partial(_merged, artifact, base, slot, Path(folder) / "merged")
+            if _has_peft(artifact):
+                hops["PEFT export"] = partial(_peft, base, artifact.folder)
+        return compare_hops(base, slot, _examples(base, slot, records), hops=hops, num_rows=num_rows)
+
+
+def verify_folder(
+    customized: Customized, folder: Path, format: Literal["hf", "peft"], records: Sequence[Record]
+) -> Parity:
+    """An exported folder, loaded as anybody would, against the artifact it was made from."""
+    base, slot = customized.base, customized.slot
+    if format == "hf":
+        hops: dict[str, Scorer] = {"merged weights": partial(_stock, folder, base)}
+    elif importlib.util.find_spec("peft") is not None:
+        hops = {"PEFT export": partial(_peft, base, folder)}
+    else:
+        hops = {"PEFT export (read back by tailor; peft is not installed)": partial(_read_back, base, folder)}
+    return compare_hops(base, slot, _examples(base, slot, records), hops=hops, num_rows=NUM_ROWS)
+
+
+def held_out(artifact: Artifact) -> list[Record]:
+    """The validation rows of the run that made the artifact. Raises ConfigError when it names no data."""
+    recipe: Mapping[str, Any] | None = artifact.manifest.get("recipe")
+    if recipe is None:
+        raise ConfigError(
+            f"{artifact.name} does not say which rows its run held out", hint="give some with --data FILE"
+        )
+    return load_dataset(DataSettings(**recipe["data"]), recipe["train"]["seed"]).validation
+
+
+def _examples(base: Base, slot: Slot | None, records: Sequence[Record]) -> list[Example]:
+    rendering = Rendering(
+        base.renderer,
+        base.max_seq_len,
+        slot.virtual_ids if slot else (),
+        slot.compose if slot else None,
+        truncation="drop",
+    )
+    return make_examples(records, rendering)[0]
+
+
+def _has_peft(artifact: Artifact) -> bool:
+    single = len(artifact.techniques) == 1 and artifact.techniques[0].traits.peft
+    return single and importlib.util.find_spec("peft") is not None
+
+
+def _reloaded(artifact: Artifact, base: Base, examples: Sequence[Example]) -> Any:
+    """A fresh base from disk with the saved artifact attached."""
+    fresh = load_base(artifact.base_name, str(base.device), str(base.dtype).removeprefix("torch."))
+    return packed_logprobs(fresh, None if artifact.is_base else attach(fresh, artifact), examples)
+
+
+def _read_back(base: Base, folder: Path, examples: Sequence[Example]) -> Any:
+    slot = attach(base, find(folder))
+    try:
+        return packed_logprobs(base, slot, examples)
+    finally:
+        base.host.detach(slot)
+
+
+def _merged(artifact: Artifact, base: Base, slot: Slot, folder: Path, examples: Sequence[Example]) -> Any:
+    folder.mkdir()
+    write_merged(base, slot, artifact.techniques, folder)
+    return _stock(folder, base, examples)
+
+
+def _stock(folder: Path, base: Base, examples: Sequence[Example]) -> Any:
+    """By transformers alone, with its own attention."""
+    return stock_logprobs(_stock_model(folder, base), examples)
+
+
+def _peft(base: Base, folder: Path, examples: Sequence[Example]) -> Any:
+    """By transformers and PEFT alone. PEFT puts virtual tokens in front itself, so they are cut from the rows."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed
+        model = PeftModel.from_pretrained(_stock_model(base.folder, base), str(folder)).eval()
+    num_virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
+    if not num_virtual:
+        return stock_logprobs(model, examples)
+    table = model.get_prompt(batch_size=1)[0]
+    return stock_logprobs(model.get_base_model(), examples, virtual=table)
+
+
+def _stock_model(folder: Path, base: Base) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=base.dtype, attn_implementation="eager", use_safetensors=True, local_files_only=True
+    )
+    return model.to(base.device).eval()

@@ -1,0 +1,97 @@
+"""What a technique is: a frozen settings object that knows how to sit on a slot and how to travel as PEFT files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from torch import Tensor
+
+from tailor.data.records import Record
+from tailor.errors import ConfigError
+from tailor.models.slots import Slot
+
+PeftFiles = tuple[dict[str, Any], dict[str, Tensor]]
+"""`adapter_config.json` as a dict, and the tensors of `adapter_model.safetensors`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """How a technique is trained unless the recipe says otherwise; found by measurement (docs/log.md).
+
+    The number of steps is `num_epochs` passes over the rows, held between `min_steps` and `max_steps`: a handful of
+    rows still gets enough updates for a randomly initialised table, and a large file does not run for hours.
+    """
+
+    learning_rate: float
+    num_epochs: float
+    min_steps: int
+    max_steps: int
+    batch_size: int = 16
+
+    def num_steps(self, num_rows: int, batch_size: int) -> int:
+        """Optimizer steps for `num_rows` rows."""
+        wanted = -(-int(self.num_epochs * num_rows) // batch_size)
+        return max(self.min_steps, min(self.max_steps, wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """The technique's row of the comparison table: claims, each held under test.
+
+    `rows` is the seeds' rule of thumb for how many rows it takes: (too few below, comfortable from).
+    """
+
+    trains: str
+    where: str
+    frozen_base: bool
+    merges: bool
+    mixes: bool
+    peft: bool
+    rows: tuple[int, int]
+    defaults: Defaults | None
+
+
+@runtime_checkable
+class Technique(Protocol):
+    """Four methods. The settings object *is* the technique: `LoRA(rank=8)`."""
+
+    traits: ClassVar[Traits]
+
+    @property
+    def type(self) -> str:
+        """Its name in recipes."""
+        ...
+
+    def prepare(self, records: Sequence[Record], seed: int) -> Self:
+        """This technique with what it takes from the training rows filled in (shots); most take nothing."""
+        ...
+
+    def attach(self, slot: Slot) -> None:
+        """Add parameters, virtual tokens or prompt rewriting to `slot`. Raises ConfigError when nothing matches."""
+        ...
+
+    def to_peft(self, slot: Slot) -> PeftFiles:
+        """The slot's share of this technique in PEFT's file layout. Raises ConfigError where PEFT has none."""
+        ...
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
+        """The technique and slot state that PEFT files describe. Raises ConfigError for settings we do not honour."""
+        ...
+
+
+def no_peft(technique_type: str) -> ConfigError:
+    """The refusal of techniques that PEFT has no files for."""
+    return ConfigError(f"{technique_type} has no PEFT format", hint="export it with --format tailor, or merge it first")
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def refuse_settings(config: Mapping[str, Any], neutral: Mapping[str, Any]) -> None:
+    """Raise ConfigError for PEFT settings that change results and that we would silently ignore."""
+    for key, value in neutral.items():
+        if config.get(key, value) not in (value, None, False, [], {}):
+            raise ConfigError(f"this PEFT adapter sets {key}={config[key]!r}, which is not supported")

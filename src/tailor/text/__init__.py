@@ -1,0 +1,1 @@
+"""Words: messages, tokenizers, chat templates, rendering to token ids and back, text similarity."""

@@ -1,0 +1,1 @@
+"""The one training step, for any number of slots at once; optimizer, checkpoints, interruption."""

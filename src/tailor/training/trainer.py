@@ -1,0 +1,200 @@
+"""The one step: draw, pack, forward, one backward, one update per slot. For any number of slots on one base.
+
+A slot trained beside others gets the updates it would get alone: its rows attend to themselves only, its loss is
+divided by its own count, and its gradient, clipping, schedule, optimizer and stopping are its own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tailor.data.examples import Example
+from tailor.data.packing import Placed, pack
+from tailor.errors import TailorError
+from tailor.models.base import Base
+from tailor.models.linear import stable_seed
+from tailor.models.plan import Plan
+from tailor.models.slots import Slot
+from tailor.objectives.objective import Objective, scored_by_slot
+from tailor.training.optimizer import FlatAdamW, Schedule, learning_rate_at
+from tailor.training.settings import Resolved, TrainSettings
+
+
+@dataclass
+class SlotRun:
+    """One slot's training: what it learns from, how, and how far it is."""
+
+    name: str
+    slot: Slot
+    objective: Objective
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    settings: TrainSettings
+    resolved: Resolved
+    step: int = 0
+    num_tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    stale: int = 0
+    stopped: str | None = None
+    optimizer: FlatAdamW = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = FlatAdamW(self.slot.parameters, self.settings.weight_decay, self.settings.betas)
+
+    @property
+    def active(self) -> bool:
+        """Whether it still takes steps."""
+        return self.stopped is None and self.step < self.resolved.num_steps
+
+    def draw(self) -> list[Placed]:
+        """The examples of the next step: shuffled epochs one after the other, whatever the batch size."""
+        size, rows = self.resolved.batch_size, len(self.train)
+        places = range(self.step * size, (self.step + 1) * size)
+        orders = {epoch: _order(rows, self.settings.seed, epoch) for epoch in {p // rows for p in places}}
+        return [Placed(self.train[orders[p // rows][p % rows]], self.slot.number, k) for k, p in enumerate(places)]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did to one slot. `tokens_per_second` counts all tokens of all slots in the pass."""
+
+    name: str
+    step: int
+    num_steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    seconds: float
+    validation_loss: float | None = None
+
+
+Listener = Callable[[StepReport], None]
+
+
+class Trainer:
+    """Trains the runs side by side until each is done. `step()` may be called by hand; `tokens_per_batch` is shared."""
+
+    def __init__(self, base: Base, runs: Sequence[SlotRun], listener: Listener | None = None) -> None:
+        self.base = base
+        self.runs = list(runs)
+        self.listener = listener
+        self.tokens_per_batch = min(run.settings.tokens_per_batch for run in runs)
+
+    @property
+    def done(self) -> bool:
+        """Whether every run has finished or stopped."""
+        return not any(run.active for run in self.runs)
+
+    def step(self) -> list[StepReport]:
+        """One optimizer step of every active run, with validation where it is due."""
+        started = time.perf_counter()
+        active = [run for run in self.runs if run.active]
+        draws = {run.slot.number: run.draw() for run in active}
+        losses, num_tokens = self._accumulate(active, draws)
+        reports = []
+        for run in active:
+            loss = float(losses[run.slot.number])
+            norm = self._update(run, loss)
+            run.num_tokens += sum(len(p.example.token_ids) for p in draws[run.slot.number])
+            rate = learning_rate_at(run.step, *self._rate(run))
+            run.step += 1
+            elapsed = time.perf_counter() - started
+            speed = num_tokens / elapsed
+            validated = self._validate(run)
+            reports.append(
+                StepReport(run.name, run.step, run.resolved.num_steps, loss, norm, rate, speed, elapsed, validated)
+            )
+        for report in reports if self.listener else []:
+            assert self.listener is not None
+            self.listener(report)
+        return reports
+
+    def _accumulate(self, active: Sequence[SlotRun], draws: dict[int, list[Placed]]) -> tuple[dict[int, Tensor], int]:
+        """Gradients of all active slots over the step's micro-batches; each slot's mean loss, and the tokens seen."""
+        objectives = {run.slot.number: run.objective for run in active}
+        counts = {
+            number: max(1, objectives[number].count([p.example for p in placed])) for number, placed in draws.items()
+        }
+        losses = {number: torch.zeros((), dtype=torch.float64) for number in draws}
+        for run in active:
+            run.optimizer.zero_grad()
+        num_tokens = 0
+        placed = [item for items in draws.values() for item in items]
+        for batch in pack(placed, self.tokens_per_batch, share_prefixes=True):
+            plan = Plan.of_batch(batch, step=active[0].step, training=True)
+            with self.base.host.run(plan):
+                scored = scored_by_slot(batch, self.base.batch_logprobs(batch, plan))
+                parts = {n: objectives[n].loss(s) / counts[n] for n, s in scored.items()}
+                torch.stack(list(parts.values())).sum().backward()
+            for number, part in parts.items():
+                losses[number] += part.detach().double().cpu()
+            num_tokens += batch.num_tokens
+        return losses, num_tokens
+
+    def _update(self, run: SlotRun, loss: float) -> float:
+        """Clip and step one slot. A loss or gradient that is not finite stops this slot and no other."""
+        norm = run.optimizer.grad_norm()
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            run.stopped = "diverged"
+            return norm
+        limit = run.settings.max_grad_norm
+        clip = 1.0 if limit is None or norm <= limit else limit / norm
+        run.optimizer.step(learning_rate_at(run.step, *self._rate(run)), clip)
+        return norm
+
+    def _rate(self, run: SlotRun) -> tuple[float, int, int, Schedule]:
+        r = run.resolved
+        return r.learning_rate, r.num_steps, r.warmup_steps, run.settings.schedule
+
+    def _validate(self, run: SlotRun) -> float | None:
+        """Validation loss when due; keeps the best state, counts the stale ones, stops the run when patience ends."""
+        due = run.step % run.resolved.eval_every == 0 or run.step == run.resolved.num_steps
+        if not run.validation or not due or run.stopped:
+            return None
+        loss = mean_loss(self.base, run.slot, run.objective, run.validation, self.tokens_per_batch)
+        if loss < run.best_loss:
+            run.best_loss, run.best_step, run.stale = loss, run.step, 0
+            run.best_state = run.slot.state()
+        else:
+            run.stale += 1
+            if run.settings.patience is not None and run.stale >= run.settings.patience:
+                run.stopped = "early stopping"
+        return loss
+
+
+def finish(run: SlotRun) -> None:
+    """Put the best validated weights in place. Raises TailorError when the run diverged before any validation."""
+    if run.stopped == "diverged" and not run.best_state:
+        raise TailorError(
+            f"{run.name}: the loss or its gradient became infinite or NaN at step {run.step}; nothing was trained",
+            hint=f"lower train.learning_rate (it was {run.resolved.learning_rate:g})",
+        )
+    if run.best_state:
+        run.slot.load(run.best_state)
+
+
+def mean_loss(
+    base: Base, slot: Slot, objective: Objective, examples: Sequence[Example], tokens_per_batch: int
+) -> float:
+    """The objective's loss per counted unit over `examples`, without gradients."""
+    total = 0.0
+    for batch in pack(
+        [Placed(e, slot.number, k) for k, e in enumerate(examples)], tokens_per_batch, share_prefixes=True
+    ):
+        scored = scored_by_slot(batch, base.score(batch))
+        total += sum(float(objective.loss(part)) for part in scored.values())
+    return total / max(1, objective.count(examples))
+
+
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(stable_seed(f"order/{seed}/{epoch}"))
+    return torch.randperm(rows, generator=generator).tolist()
