@@ -121,6 +121,27 @@ def cli_page(app: Any, program: str = "tailor") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def exit_codes() -> str:
+    """The table of exit codes, from the tree of errors."""
+    from tailor.errors import TailorError
+
+    kinds: list[type[TailorError]] = [TailorError]
+    for kind in kinds:  # grows while it is walked: the whole tree, root first
+        kinds += kind.__subclasses__()
+    rows = {
+        kind.exit_code: _first_line(inspect.getdoc(kind) or "")
+        for kind in kinds[1:]
+        if kind.__module__ == TailorError.__module__
+    }
+    rows |= {
+        0: "It worked.",
+        TailorError.exit_code: "Anything else a person can act on.",
+        2: "The command line is wrong.",
+    }
+    lines = ["## Exit codes", "", "Results go to stdout, everything else to stderr.", "", "| code | |", "|---|---|"]
+    return "\n".join(lines + [f"| {code} | {_cell(text)} |" for code, text in sorted(rows.items())]) + "\n"
+
+
 def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """The path of the command and of those below it, hidden ones left out; lazily imported ones included."""
     yield path
@@ -163,7 +184,7 @@ def documents() -> dict[Path, str]:
         readme: between(readme.read_text("utf-8"), "map", folder_map()),
         road: between(road.read_text("utf-8"), "names", names_table()),
         ROOT / "docs" / "techniques.md": techniques_page(),
-        ROOT / "docs" / "cli.md": cli_page(app),
+        ROOT / "docs" / "cli.md": cli_page(app) + "\n" + exit_codes(),
     }
 
 

@@ -65,8 +65,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     rows = [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()]
-    encoded = [encode(tokenizer, rows[k]) for k in torch.randint(len(rows) - 1, (60 * 16,)).tolist()]
-    losses = train(model, [encoded[k : k + 16] for k in range(0, len(encoded), 16)], peak=5e-4, warmup_steps=6)
+    encoded = [encode(tokenizer, rows[k]) for k in torch.randint(len(rows) - 1, (60 * 8,)).tolist()]
+    losses = train(model, [encoded[k : k + 8] for k in range(0, len(encoded), 8)], peak=5e-4, warmup_steps=6)
     print("loss:", " ".join(f"{loss:.2f}" for loss in losses[::6]), f"{losses[-1]:.2f}")
     ids, mask = encode(tokenizer, rows[-1])  # the row that was kept out
     prompt = torch.tensor([ids[: mask.index(1)]])

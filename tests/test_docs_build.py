@@ -122,3 +122,9 @@ def test_the_techniques_page_follows_the_registry(build: ModuleType) -> None:
             k for k in technique.model_fields if k != "type"
         ]
     assert "| `rank` | `16` | rank of the update: its capacity and its size |" in page
+
+
+def test_the_exit_codes_are_those_of_the_errors(build: ModuleType) -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", build.exit_codes(), re.MULTILINE)
+    assert [int(code) for code, _ in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 130, 143]
+    assert dict(rows)["4"] == "A data file or some of its rows cannot be used."

@@ -53,7 +53,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {}),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "mixtral": ("MixtralConfig", {"sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
     "starcoder2": ("Starcoder2Config", {"sliding_window": 7}),
     "stablelm": ("StableLmConfig", {}),
     "glm4": ("Glm4Config", {"head_dim": 8}),
@@ -65,7 +68,9 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float32, se
     config_class, own = ARCHITECTURES[model_type]
     config = getattr(transformers, config_class)(**{**SMALL, **own, **changes})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    # torch's grouped matrix product has no float64
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", **experts)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -107,6 +112,8 @@ def tiny_tokenizer(
     return Tokenizer(hf)
 
 
-def tiny_base(model_type: str = "llama", dtype: torch.dtype = torch.float32, *, chat: bool = True, **changes: Any) -> Base:
+def tiny_base(
+    model_type: str = "llama", dtype: torch.dtype = torch.float32, *, chat: bool = True, **changes: Any
+) -> Base:
     """A Base over a tiny random model."""
     return wrap_model(tiny_model(model_type, dtype, **changes), tiny_tokenizer(chat), torch.device("cpu"))

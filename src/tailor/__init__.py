@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tailor.models.base import load_base
     from tailor.objectives import OBJECTIVES
     from tailor.recipes.evaluate import evaluate
-    from tailor.recipes.tune import resume, tune
+    from tailor.recipes.tune import TuneRecipe, resume, tune
     from tailor.recipes.verify import verify
     from tailor.techniques import TECHNIQUES
     from tailor.techniques.full import Full
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "OBJECTIVES",
-    "TECHNIQUES",
     "Full",
     "LoRA",
+    "OBJECTIVES",
     "PromptTuning",
     "Prompting",
     "SamplingParams",
     "ScriptedBackend",
+    "TECHNIQUES",
     "TailorError",
+    "TuneRecipe",
     "evaluate",
     "load",
     "load_base",
@@ -47,15 +48,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "OBJECTIVES": "tailor.objectives",
-    "TECHNIQUES": "tailor.techniques",
     "Full": "tailor.techniques.full",
     "LoRA": "tailor.techniques.lora",
+    "OBJECTIVES": "tailor.objectives",
     "PromptTuning": "tailor.techniques.prompt_tuning",
     "Prompting": "tailor.techniques.prompting",
     "SamplingParams": "tailor.inference.backend",
     "ScriptedBackend": "tailor.inference.scripted",
+    "TECHNIQUES": "tailor.techniques",
     "TailorError": "tailor.errors",
+    "TuneRecipe": "tailor.recipes.tune",
     "evaluate": "tailor.recipes.evaluate",
     "load": "tailor.inference.load",
     "load_base": "tailor.models.base",

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tiny_models import tiny_tokenizer
 
 from tailor.data.examples import Example, Rendering, make_examples
 from tailor.data.records import Conversation, Document, PromptCompletion, Source
@@ -14,6 +13,7 @@ from tailor.errors import DataError
 from tailor.text.messages import Message, assistant, system, user
 from tailor.text.render import make_renderer
 from tailor.text.tokenizer import VIRTUAL
+from tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 RENDERER = make_renderer(TOKENIZER)
@@ -65,7 +65,9 @@ def test_a_rewritten_conversation_trains_its_last_answer_only() -> None:
     record = Conversation(messages=(user("U"), assistant("A"), user("V"), assistant("B")))
     example = rendering(compose=lambda turns: (system("S"), *turns)).example(record)
     assert example is not None
-    assert TOKENIZER.decode(example.token_ids).startswith("<|bos|><|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>")
+    assert TOKENIZER.decode(example.token_ids).startswith(
+        "<|bos|><|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
+    )
     assert TOKENIZER.decode([t for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m]) == "B<|end|>"
 
 
@@ -115,7 +117,9 @@ def test_prompt_truncation_drops_the_oldest_prompt_tokens_after_the_first(prefix
 
 
 def test_errors_name_file_and_line() -> None:
-    with pytest.raises(DataError, match=r"^rows.jsonl:7: the assistant text holds the special token '<.end.>'") as caught:
+    with pytest.raises(
+        DataError, match=r"^rows.jsonl:7: the assistant text holds the special token '<.end.>'"
+    ) as caught:
         rendering().example(row(completion="a<|end|>b"))
     assert "remove it" in str(caught.value.hint)
     silent = Conversation(messages=(user("U"), Message("assistant", "A", weight=0)), source=Source("chat.jsonl", 3))

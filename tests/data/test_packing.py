@@ -193,7 +193,11 @@ def test_every_token_arrives_once_whatever_the_size_and_sharing(placed: list[Pla
     expected = {
         p.index: (
             list(p.example.token_ids),
-            [(k - 1, p.example.token_ids[k], float(k)) for k in range(1, len(p.example.token_ids)) if p.example.loss_mask[k]],
+            [
+                (k - 1, p.example.token_ids[k], float(k))
+                for k in range(1, len(p.example.token_ids))
+                if p.example.loss_mask[k]
+            ],
         )
         for p in placed
     }

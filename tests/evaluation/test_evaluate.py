@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_likelihood import by_logits
-from tiny_models import tiny_base
 
-from tailor.data.examples import make_examples
+from tailor.data.examples import Example
 from tailor.data.records import Conversation, PromptCompletion, Record, Source
 from tailor.errors import ConfigError, DataError, MissingDependencyError, NotFoundError, QualityError
 from tailor.evaluation.evaluate import EvalSettings, evaluate
@@ -20,6 +19,7 @@ from tailor.inference.local import LocalBackend
 from tailor.models.base import Base
 from tailor.techniques import Prompting
 from tailor.text.messages import assistant, user
+from tiny_models import tiny_base
 
 QUEUE = r"^Queue: (\w+)"
 
@@ -60,13 +60,15 @@ def test_a_label_task_by_generation_and_by_scoring(base: Base) -> None:
     assert list(found.metrics) == ["accuracy", "macro_f1", "label_accuracy", "perplexity"]
     assert found.metrics["accuracy"].mean == 5 / 8  # 0, 1, 3, 5, 7
     assert [row.scores["accuracy"] for row in found.rows] == [1, 1, 0, 1, 0, 1, 0, 1]
-    sums = [
-        [float(by_logits(base, make_examples(rows([label]), backend.rendering(None))[0][0]).sum()) for label in labels]
-        for labels in [("billing", "sales", "tech")]
-    ][0]
-    # `rows` asks "ask 0" in row 0 only, so only that row's choice is known from these sums
-    best = ["billing", "sales", "tech"][max(range(3), key=sums.__getitem__)]
-    assert found.rows[0].scores["label_accuracy"] == float(best == "billing")
+    best = []
+    for row in range(8):
+        prompt = user(f"ask {row}")
+        rendered = [base.renderer.example([prompt, assistant(label)]) for label in ("billing", "sales", "tech")]
+        sums = [float(by_logits(base, Example(r.token_ids, r.loss_mask)).double().sum()) for r in rendered]
+        best.append(("billing", "sales", "tech")[max(range(3), key=sums.__getitem__)])
+    assert [row.scores["label_accuracy"] for row in found.rows] == [
+        float(label == right) for label, right in zip(best, ["billing", "sales"] * 4, strict=True)
+    ]
 
 
 def test_perplexity_is_the_closed_form_over_completions_only(base: Base) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-from tiny_models import tiny_base
 
 from tailor.data.examples import Example, Rendering
 from tailor.data.records import PromptCompletion
@@ -11,6 +10,7 @@ from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.techniques import LoRA, PromptTuning
 from tailor.text.messages import assistant, user
+from tiny_models import tiny_base
 
 
 def by_logits(base: Base, example: Example, slot: Slot | None = None) -> torch.Tensor:

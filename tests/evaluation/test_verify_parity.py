@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from test_likelihood import by_logits, shaken
-from tiny_models import tiny_base, tiny_model
 from torch import Tensor
 
 from tailor.data.examples import Example, make_examples
@@ -29,6 +28,7 @@ from tailor.inference.local import LocalBackend
 from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.techniques import Full, LoRA, PromptTuning
+from tiny_models import tiny_base, tiny_model
 
 ROWS: list[Record] = [
     PromptCompletion(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from tailor.data.packing import Segment
@@ -19,6 +18,7 @@ from tailor.models.attention import KVCache
 from tailor.models.base import Base, wrap_model
 from tailor.models.placement import REFUSED, SUPPORTED, placement_of
 from tailor.models.plan import Plan
+from tiny_models import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
 
 LENGTHS = (13, 1, 20, 8)
 TOLERANCE = 1e-5

@@ -71,7 +71,9 @@ def test_no_token_at_all(dtype: torch.dtype) -> None:
     value = token_logprobs(hidden, Head(weight, bias), targets)
     assert value.shape == (0,)
     assert value.dtype == torch.promote_types(dtype, torch.float32)
-    for gradient, source in zip(gradients(value.sum(), torch.ones(()), hidden, weight, bias), (hidden, weight, bias), strict=True):
+    for gradient, source in zip(
+        gradients(value.sum(), torch.ones(()), hidden, weight, bias), (hidden, weight, bias), strict=True
+    ):
         assert torch.equal(gradient, torch.zeros_like(source))
 
 

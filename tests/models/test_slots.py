@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_base
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +23,7 @@ from tailor.techniques.prompt_tuning import PromptTuning
 from tailor.techniques.prompting import Prompting
 from tailor.text.messages import user
 from tailor.text.tokenizer import VIRTUAL
+from tiny_models import tiny_base
 
 NAMES = [f"model.layers.{k}.self_attn.{p}_proj" for k in range(12) for p in "qkv"] + ["model.layers.1.mlp.up_proj"]
 
@@ -251,7 +251,7 @@ def slot_linear(layer: nn.Module, dropout: float, training: bool) -> tuple[SlotL
         Segment(5, 6, 1, index=2),
         Segment(6, 9, 2, index=3),
     ]
-    plan = Plan.of(segments, step=3, training=training)
+    plan = Plan.of(segments, steps={1: 3, 2: 4}, training=training)
     wrapped = SlotLinear(layer, "layer", OnePlan(plan))  # type: ignore[arg-type]
     size_in, size_out = linear_sizes(layer)
     matrices = []
@@ -318,7 +318,7 @@ def test_dropout_keeps_the_mean_and_drops_whole_entries() -> None:
 
 def test_dropout_masks_depend_on_slot_step_module_and_example_only() -> None:
     def masks(segments: list[Segment], step: int = 3, name: str = "layer") -> list[Tensor]:
-        plan = Plan.of(segments, step=step, training=True)
+        plan = Plan.of(segments, steps={1: step, 2: step}, training=True)
         layer = nn.Linear(50, 50, bias=False).requires_grad_(False)
         layer.weight.zero_()
         wrapped = SlotLinear(layer, name, OnePlan(plan))  # type: ignore[arg-type]
@@ -328,7 +328,9 @@ def test_dropout_masks_depend_on_slot_step_module_and_example_only() -> None:
         return [y[s.start : s.end] for s in segments]
 
     alone = masks([Segment(0, 4, 1, index=7)])[0]
-    mixed = masks([Segment(0, 3, 0, index=7), Segment(3, 6, 1, index=6), Segment(6, 10, 1, index=7), Segment(10, 14, 2, index=7)])
+    mixed = masks(
+        [Segment(0, 3, 0, index=7), Segment(3, 6, 1, index=6), Segment(6, 10, 1, index=7), Segment(10, 14, 2, index=7)]
+    )
     assert torch.equal(alone, mixed[2])
     assert torch.equal(mixed[0], torch.zeros(3, 50)), "rows of the plain base have no update to drop from"
     others = [mixed[3], masks([Segment(0, 4, 1, index=8)])[0], masks([Segment(0, 4, 1, index=7)], step=4)[0]]

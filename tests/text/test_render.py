@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny_models import CHAT_TEMPLATE, ROLES, tiny_tokenizer
 
 from tailor.errors import ConfigError, DataError
 from tailor.text.messages import Message, assistant, system, user
 from tailor.text.render import ChatRenderer, PlainRenderer, Rendered, make_renderer, trained_indices
 from tailor.text.tokenizer import VIRTUAL, Tokenizer
+from tiny_models import CHAT_TEMPLATE, ROLES, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ def test_the_loss_covers_exactly_the_trained_answers_and_their_end(
     silent = data.draw(st.sets(st.sampled_from(answers), max_size=len(answers) - 1))
     messages = tuple(replace(m, weight=0) if k in silent else m for k, m in enumerate(messages))
     rendered = renderer.example(messages)
-    assert counted(tokenizer, rendered) == "".join(shape.answer(messages[k].content) for k in answers if k not in silent)
+    assert counted(tokenizer, rendered) == "".join(
+        shape.answer(messages[k].content) for k in answers if k not in silent
+    )
     if answers[-1] not in silent:
         last = renderer.example(messages, trained_turns="last")
         assert counted(tokenizer, last) == shape.answer(messages[-1].content)
@@ -236,7 +238,9 @@ def test_a_content_with_a_special_token_is_refused(special: str, place: int) -> 
     turns = [system("S"), user("U"), assistant("A"), user("V"), assistant("B")]
     turns[place] = replace(turns[place], content=f"a {special} b")
     for renderer in (make_renderer(tiny_tokenizer()), PlainRenderer(tiny_tokenizer())):
-        with pytest.raises(DataError, match=rf"the {turns[place].role} text holds the special token '{special.replace('|', '.')}'"):
+        with pytest.raises(
+            DataError, match=rf"the {turns[place].role} text holds the special token '{special.replace('|', '.')}'"
+        ):
             renderer.prompt(turns[:4])
         with pytest.raises(DataError, match="special token"):
             renderer.example(turns, trained_turns="last")
@@ -303,7 +307,9 @@ def test_a_row_with_nothing_to_train_is_refused(renderer: ChatRenderer | PlainRe
     with pytest.raises(DataError, match="weight 0"):
         renderer.example((user("U"), Message("assistant", "A", weight=0)))
     with pytest.raises(DataError, match="weight 0"):
-        renderer.example((user("U"), assistant("A"), user("V"), Message("assistant", "A", weight=0)), trained_turns="last")
+        renderer.example(
+            (user("U"), assistant("A"), user("V"), Message("assistant", "A", weight=0)), trained_turns="last"
+        )
 
 
 def test_which_turns_are_trained() -> None:
@@ -313,7 +319,9 @@ def test_which_turns_are_trained() -> None:
 
 
 def test_tools_reach_the_template() -> None:
-    template = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}" + CHAT_TEMPLATE.replace("{{ bos_token }}", "")
+    template = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}" + CHAT_TEMPLATE.replace(
+        "{{ bos_token }}", ""
+    )
     tokenizer = tiny_tokenizer(template=template)
     renderer = make_renderer(tokenizer)
     tools = ({"type": "function", "function": {"name": "lookup"}},)

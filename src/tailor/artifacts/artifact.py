@@ -28,7 +28,7 @@ from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.runs import home
 from tailor.store import atomic_folder, write_json
-from tailor.techniques import AnyTechnique, TechniqueList
+from tailor.techniques import Technique, TechniqueList
 
 MANIFEST = "tailor.json"
 SCHEMA_VERSION = 1
@@ -43,7 +43,7 @@ class Artifact:
     manifest: Mapping[str, Any]
 
     @property
-    def techniques(self) -> tuple[AnyTechnique, ...]:
+    def techniques(self) -> tuple[Technique, ...]:
         """The techniques, with the settings they were trained with."""
         return TypeAdapter(TechniqueList).validate_python(self.manifest["techniques"])
 
@@ -87,7 +87,7 @@ def save(
     name: str,
     base: Base,
     slot: Slot,
-    techniques: Sequence[AnyTechnique],
+    techniques: Sequence[Technique],
     facts: Mapping[str, Any],
     *,
     force: bool = False,
@@ -177,7 +177,7 @@ def attach(base: Base, artifact: Artifact) -> Slot:
     return slot
 
 
-def write_merged(base: Base, slot: Slot, techniques: Sequence[AnyTechnique], folder: Path) -> None:
+def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder: Path) -> None:
     """Write the base with the slot folded into its weights. Raises ConfigError for techniques that cannot merge."""
     stuck = [technique.type for technique in techniques if not technique.traits.merges]
     if stuck:

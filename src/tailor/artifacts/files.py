@@ -5,6 +5,7 @@ One technique stands in the artifact's own folder; several stand in `part-0-<typ
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -19,18 +20,18 @@ from tailor.errors import ConfigError, DataError, NotFoundError
 from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.store import write_json
-from tailor.techniques import TECHNIQUES, AnyTechnique
+from tailor.techniques import TECHNIQUES, Technique
 from tailor.techniques.technique import PeftFiles
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROMPT = "prompt.json"
 
-PEFT_TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "prompt_tuning"}
+PEFT_TYPES = {kind: technique for technique in TECHNIQUES.values() for kind in technique.peft_types}
 """Which of our techniques reads a PEFT adapter of this type."""
 
 
-def write_techniques(folder: Path, techniques: Sequence[AnyTechnique], slot: Slot, base: Base) -> None:
+def write_techniques(folder: Path, techniques: Sequence[Technique], slot: Slot, base: Base) -> None:
     """Write every technique's files into `folder` (or its parts)."""
     for number, technique in enumerate(techniques):
         part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
@@ -52,7 +53,7 @@ def write_peft(folder: Path, files: PeftFiles, base: Base) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def read_peft(folder: Path) -> tuple[AnyTechnique, dict[str, Tensor]]:
+def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
     """The technique and slot state of a PEFT folder, ours or anybody's. Raises by name for what we do not honour."""
     from safetensors.torch import load_file
 
@@ -72,10 +73,10 @@ def read_peft(folder: Path) -> tuple[AnyTechnique, dict[str, Tensor]]:
             f"{folder}: PEFT adapters of type {config.get('peft_type')} are not supported",
             hint=f"known: {', '.join(PEFT_TYPES)}",
         )
-    return TECHNIQUES[kind].from_peft(config, load_file(folder / ADAPTER_WEIGHTS))
+    return kind.from_peft(config, load_file(folder / ADAPTER_WEIGHTS))
 
 
-def read_state(folder: Path, techniques: Sequence[AnyTechnique]) -> dict[str, Tensor]:
+def read_state(folder: Path, techniques: Sequence[Technique]) -> dict[str, Tensor]:
     """The slot state of an artifact's techniques, parts united."""
     state: dict[str, Tensor] = {}
     for number, technique in enumerate(techniques):
@@ -91,7 +92,8 @@ def write_model(folder: Path, base: Base, changes: Mapping[str, Tensor]) -> None
 
     weights = {re.sub(r"\.base\.(?=[^.]+$)", ".", name): p.detach() for name, p in base.model.named_parameters()}
     weights |= changes
-    stock = AutoModelForCausalLM.from_config(base.config, attn_implementation="eager", dtype=base.dtype)
+    config = copy.deepcopy(base.config)  # from_config writes its attention into the config it is given
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=base.dtype)
     missing, unexpected = stock.load_state_dict(weights, strict=False)
     tied = set(getattr(stock, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied - {n for n, _ in stock.named_buffers()}:

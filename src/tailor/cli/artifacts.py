@@ -9,7 +9,7 @@ import typer
 
 from tailor.cli.output import AsJson, emit
 
-app = typer.Typer(no_args_is_help=True, help="List, show, merge, export and remove artifacts.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, merge, export and remove artifacts.")
 
 Name = Annotated[str, typer.Argument(help="The artifact's name.")]
 

@@ -9,7 +9,7 @@ import typer
 
 from tailor.cli.output import Device, Dtype, say
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 
 from tailor.cli.output import AsJson, Device, Dtype, emit, say
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -42,6 +42,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Generate and score every row; metrics follow from the kind of task, each with a bootstrap interval."""
+    from tailor.data.dataset import ReadSettings
     from tailor.evaluation.evaluate import EvalSettings
     from tailor.evaluation.report import render as render_report
     from tailor.inference.backend import SamplingParams
@@ -59,9 +60,7 @@ def evaluate(
         name,
         data,
         settings=settings,
-        columns=pairs(columns, "--columns"),
-        format=format,
-        skip_bad_rows=skip_bad_rows,
+        reading=ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows),
         device=device,
         dtype=dtype,
     )

@@ -10,7 +10,7 @@ import typer
 
 from tailor.cli.output import AsJson, Device, Dtype, emit
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 from tailor.cli.output import AsJson, Quiet
 from tailor.cli.tune import show
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 
 from tailor.cli.output import AsJson, Device, Dtype, Quiet, emit, say
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

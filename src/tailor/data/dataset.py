@@ -14,16 +14,21 @@ from tailor.data.records import Record
 from tailor.text.render import TrainedTurns
 
 
-class DataSettings(Strict):
-    """The `data` block."""
+class ReadSettings(Strict):
+    """How a file of rows is read."""
 
-    train: str = Field(description="the training file: JSONL, JSON, CSV, TSV, Parquet, .gz, .zst")
-    validation: str | None = Field(None, description="the validation file; split off the training file when not given")
     format: str = Field("auto", description="auto, or one of the formats of docs/formats.md")
     columns: dict[str, str] = Field(
         {}, description="our name → the file's column, e.g. {prompt: text, completion: label}"
     )
     skip_bad_rows: bool = Field(False, description="go on without the rows that cannot be used (they are listed)")
+
+
+class DataSettings(ReadSettings):
+    """The `data` block."""
+
+    train: str = Field(description="the training file: JSONL, JSON, CSV, TSV, Parquet, .gz, .zst")
+    validation: str | None = Field(None, description="the validation file; split off the training file when not given")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the prompts that the split sets aside")
     max_rows: int | None = Field(None, ge=1, description="use only the first rows of the training split")
     max_seq_len: int | None = Field(
@@ -47,13 +52,13 @@ class Dataset:
 
 def load_dataset(settings: DataSettings, seed: int) -> Dataset:
     """Read and split. Raises DataError, NotFoundError. A seeded split keeps each prompt on one side."""
-    reading = _read(settings.train, settings)
+    reading = read(settings.train, settings)
     notes = _skipped(reading)
     if settings.validation is None:
         parts = split(reading.records, validation_fraction=settings.validation_fraction, seed=seed)
         train, validation, digest = list(parts.train), list(parts.validation), reading.content_hash
     else:
-        other = _read(settings.validation, settings)
+        other = read(settings.validation, settings)
         notes += _skipped(other)
         train, validation = reading.records, other.records
         digest = f"{reading.content_hash}+{other.content_hash}"
@@ -63,7 +68,8 @@ def load_dataset(settings: DataSettings, seed: int) -> Dataset:
     return Dataset(train[: settings.max_rows], validation, digest, tuple(notes))
 
 
-def _read(path: str, settings: DataSettings) -> Reading:
+def read(path: str, settings: ReadSettings) -> Reading:
+    """The records of one file. Raises NotFoundError, DataError."""
     return read_records(path, format=settings.format, columns=settings.columns, skip_bad_rows=settings.skip_bad_rows)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tailor.data.packing import Segment
-from tailor.errors import ResourceError
+from tailor.errors import DataError, ResourceError
 from tailor.inference.backend import FinishReason, SamplingParams
 from tailor.inference.sampling import choose
 from tailor.models.attention import KVCache
@@ -57,8 +57,13 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Running], progress: Callable[[int], None] | None = None) -> None:
-        """Generate until every sequence has a `finish_reason`. Raises ResourceError for a prompt beyond the context."""
+        """Generate until every sequence has a `finish_reason`.
+
+        Raises ResourceError for a prompt that fills the context, DataError for one without tokens.
+        """
         for sequence in sequences:
+            if not sequence.prompt_ids:
+                raise DataError("a prompt has no tokens: there is nothing to continue", hint="write at least one word")
             if len(sequence.prompt_ids) >= self.base.max_seq_len:
                 raise ResourceError(
                     f"a prompt of {len(sequence.prompt_ids)} tokens leaves no room in the base's context "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tailor.data.examples import Example, Rendering
 from tailor.data.packing import Placed, pack
-from tailor.errors import NotFoundError, nearest
+from tailor.errors import DataError, NotFoundError, nearest
 from tailor.inference.backend import Completion, Request
 from tailor.inference.engine import Engine, Running
 from tailor.metrics.answers import extract_answer
@@ -78,7 +78,7 @@ class LocalBackend:
 
     def logprobs(self, requests: Sequence[Request], completions: Sequence[str]) -> list[Tensor]:
         """Logprobs of the completions' tokens, end-of-turn included; prompts that requests share are computed once."""
-        groups: dict[tuple[str | None, tuple[Message, ...]], int] = {}
+        groups: dict[str, int] = {}
         placed = []
         for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             slot = self.slot(request.artifact)
@@ -86,7 +86,7 @@ class LocalBackend:
             rendered = self.base.renderer.example(
                 turns, trained_turns="last", prefix_ids=slot.virtual_ids if slot else ()
             )
-            group = groups.setdefault((request.artifact, request.messages), len(groups))
+            group = groups.setdefault(repr((request.artifact, request.messages)), len(groups))
             example = Example(rendered.token_ids, rendered.loss_mask, group)
             placed.append(Placed(example, slot.number if slot else BASE_SLOT, index))
         scores: list[Tensor] = [torch.empty(0)] * len(placed)
@@ -101,9 +101,16 @@ class LocalBackend:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(num_texts, hidden) unit vectors: the mean of the base's last hidden states over each text's tokens."""
-        examples = [Example(ids, [0] * len(ids)) for ids in (self.base.renderer.prompt([user(t)]) for t in texts)]
-        vectors = torch.empty(len(texts), int(self.base.config.hidden_size))
+        """(num_texts, hidden) unit vectors: the mean of the base's last hidden states over each text's tokens.
+
+        Raises DataError for a text without tokens (an empty one, on a base that adds nothing to it).
+        """
+        prompts = [self.base.renderer.prompt([user(text)]) for text in texts]
+        if not all(prompts):
+            raise DataError(f"text {prompts.index([])} has no tokens, so it has no embedding")
+        examples = [Example(ids, [0] * len(ids)) for ids in prompts]
+        # OPT projects its last hidden states to another width, the head's
+        vectors = torch.empty(len(texts), self.base.head.weight.shape[1])
         for batch in pack([Placed(e, BASE_SLOT, k) for k, e in enumerate(examples)], self.engine.tokens_per_pass):
             plan = Plan.of_batch(batch)
             with self.base.host.run(plan):

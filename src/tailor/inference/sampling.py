@@ -12,18 +12,23 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     """The next token from one row of logits (V,). Draws exactly one random number when it samples."""
     if params.temperature == 0:
         return int(logits.argmax())
-    probabilities = truncated((logits / params.temperature).softmax(dim=0), params.top_k, params.top_p)
+    # in float64 and relative to the largest: a tiny temperature ends in 0 and -inf, never in inf - inf or 0 / 0
+    relative = (logits - logits.max()).double() / params.temperature
+    probabilities = truncated(relative.softmax(dim=0), params.top_k, params.top_p)
     point = torch.rand((), generator=generator, dtype=torch.float64)
-    cumulative = probabilities.double().cumsum(dim=0)
+    cumulative = probabilities.cumsum(dim=0)
     return int(torch.searchsorted(cumulative, point * cumulative[-1], right=True).clamp(max=len(logits) - 1))
 
 
 def truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """(V,) probabilities with all but the allowed tokens at 0, not renormalised. The likeliest token always stays."""
+    """(V,) probabilities with all but the allowed tokens at 0, not renormalised. The likeliest token always stays.
+
+    With both limits, top-p counts within the top k, as transformers does.
+    """
     if top_k == 0 and top_p >= 1.0:
         return probabilities
     ordered, order = probabilities.sort(descending=True, stable=True)
-    keep = ordered.cumsum(dim=0) - ordered < top_p
     if top_k:
-        keep[top_k:] = False
+        ordered, order = ordered[:top_k], order[:top_k]
+    keep = ordered.cumsum(dim=0) - ordered < top_p * ordered.sum()
     return torch.zeros_like(probabilities).scatter(0, order[keep], ordered[keep])

@@ -36,7 +36,7 @@ class ScriptedBackend:
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(num_texts, 16) unit vectors; texts that share words are near each other."""
         rows = [sum((_vector(word) for word in text.lower().split()), torch.zeros(16)) for text in texts]
-        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
+        return torch.nn.functional.normalize(torch.stack(rows), dim=1) if rows else torch.empty(0, 16)
 
 
 def _unit(key: str) -> float:

@@ -65,6 +65,7 @@ class Base:
         longest = max((s.position0 + s.length for s in plan.segments), default=0)
         if longest > self.max_seq_len:
             raise ResourceError(f"a sequence of {longest} tokens exceeds the base's context of {self.max_seq_len}")
+        assert self.config._attn_implementation == ATTENTION, "somebody changed the config's attention"
         output = self._decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 

@@ -84,11 +84,11 @@ class SlotLinear(nn.Module):
     def _keep(self, plan: Plan, span: Span, delta: LinearDelta, x: Tensor) -> Tensor | None:
         if delta.dropout == 0.0 or not plan.training:
             return None
-        seed = self.slot_host.slots[span.slot].seed
+        seed, step = self.slot_host.slots[span.slot].seed, plan.steps.get(span.slot, 0)
         masks = []
         for segment in plan.segments:
             if span.start <= segment.start < span.end:
-                key = f"{seed}/{plan.step}/{self.name}/{segment.index}/{segment.group}/{segment.position0}"
+                key = f"{seed}/{step}/{self.name}/{segment.index}/{segment.group}/{segment.position0}"
                 generator = torch.Generator(x.device).manual_seed(stable_seed(key))
                 noise = torch.rand(segment.length, self.in_features, generator=generator, device=x.device)
                 masks.append((noise >= delta.dropout).to(x.dtype))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tailor.data.packing import Batch, Segment
@@ -22,14 +22,14 @@ class Span(NamedTuple):
 class Plan:
     """Frozen facts of one training micro-step or engine step.
 
-    `step` and `training` decide dropout: masks are drawn per sequence from (slot seed, step, module, example index),
-    so they do not depend on how sequences were packed or on who else is in the pass.
+    `steps` (slot → its own optimizer step) and `training` decide dropout: masks are drawn per sequence from (slot seed,
+    step, module, example index), so they do not depend on how sequences were packed or on who else is in the pass.
     """
 
     segments: tuple[Segment, ...]
     spans: tuple[Span, ...]
     caches: tuple[KVCache | None, ...]
-    step: int = 0
+    steps: Mapping[int, int] = field(default_factory=dict)
     training: bool = False
 
     @staticmethod
@@ -37,7 +37,7 @@ class Plan:
         segments: Sequence[Segment],
         *,
         caches: Sequence[KVCache | None] | None = None,
-        step: int = 0,
+        steps: Mapping[int, int] | None = None,
         training: bool = False,
     ) -> Plan:
         """The plan of these segments. They must be contiguous from 0, sorted by slot, parents before children."""
@@ -47,12 +47,12 @@ class Plan:
             assert row == 0 or segments[row - 1].slot <= segment.slot, "segments must be sorted by slot"
             assert segment.parent < row, "a parent stands before its children"
         caches = tuple(caches) if caches is not None else (None,) * len(segments)
-        return Plan(tuple(segments), _spans(segments), caches, step, training)
+        return Plan(tuple(segments), _spans(segments), caches, steps or {}, training)
 
     @staticmethod
-    def of_batch(batch: Batch, *, step: int = 0, training: bool = False) -> Plan:
+    def of_batch(batch: Batch, *, steps: Mapping[int, int] | None = None, training: bool = False) -> Plan:
         """The plan of a packed batch."""
-        return Plan.of(batch.segments, step=step, training=training)
+        return Plan.of(batch.segments, steps=steps, training=training)
 
 
 def _spans(segments: Sequence[Segment]) -> tuple[Span, ...]:

@@ -237,7 +237,8 @@ class SlotHost:
         module = self.model.get_submodule(self.placement.embedding(self.model))
         plain = module.base if isinstance(module, SlotEmbedding) else module
         with torch.no_grad():
-            return plain(torch.tensor(list(token_ids), device=self.device))
+            vectors: Tensor = plain(torch.tensor(list(token_ids), device=self.device))
+        return vectors
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")

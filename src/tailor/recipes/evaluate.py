@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tailor.data.readers import read_records
+from tailor.data.dataset import ReadSettings, read
 from tailor.errors import ConfigError, QualityError, nearest
 from tailor.evaluation.evaluate import EvalSettings, Evaluation
 from tailor.evaluation.evaluate import evaluate as score
@@ -17,9 +17,7 @@ def evaluate(
     data: str | Path,
     *,
     settings: EvalSettings | None = None,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    skip_bad_rows: bool = False,
+    reading: ReadSettings | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Evaluation:
@@ -29,7 +27,7 @@ def evaluate(
     Raises NotFoundError, DataError, ConfigError.
     """
     customized = load(name, device=device, dtype=dtype)
-    records = read_records(data, format=format, columns=columns, skip_bad_rows=skip_bad_rows).records
+    records = read(str(data), reading or ReadSettings()).records
     labels = customized.artifact.manifest.get("labels") if customized.artifact is not None else None
     return score(customized.backend, customized.name, records, settings=settings or EvalSettings(), labels=labels)
 

@@ -24,7 +24,7 @@ from tailor.objectives import OBJECTIVES
 from tailor.objectives.objective import Objective
 from tailor.recipes.verify import verify_artifact
 from tailor.runs import Run
-from tailor.techniques import AnyTechnique, TechniqueList
+from tailor.techniques import Technique, TechniqueList
 from tailor.techniques.technique import Defaults
 from tailor.training.checkpoint import load_checkpoint, save_checkpoint
 from tailor.training.interrupt import StopRequest, stop_on_signal
@@ -80,7 +80,7 @@ class _Prepared:
     recipe: TuneRecipe
     base: Base
     dataset: Dataset
-    techniques: tuple[AnyTechnique, ...]
+    techniques: tuple[Technique, ...]
     slot: Slot
     rendering: Rendering
     objective: Objective

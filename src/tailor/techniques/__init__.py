@@ -5,7 +5,7 @@ CLI choices, recipe schema, artifact format, docs table and contract tests follo
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field
 
@@ -15,9 +15,7 @@ from tailor.techniques.prompt_tuning import PromptTuning
 from tailor.techniques.prompting import Prompting
 from tailor.techniques.technique import Technique
 
-AnyTechnique = Prompting | PromptTuning | LoRA | Full
-
-TECHNIQUES: dict[str, type[AnyTechnique]] = {
+TECHNIQUES: dict[str, type[Technique]] = {
     "prompting": Prompting,
     "prompt_tuning": PromptTuning,
     "lora": LoRA,
@@ -33,10 +31,15 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+if TYPE_CHECKING:
+    AnyTechnique = Technique
+else:  # pydantic chooses among the registered classes by their `type`
+    AnyTechnique = Union[tuple(TECHNIQUES.values())]  # noqa: UP007
+
 OneTechnique = Annotated[Annotated[AnyTechnique, Field(discriminator="type")], BeforeValidator(_spelled_out)]
 """A technique in a recipe: `lora`, or `{type: lora, rank: 8}`."""
 
 TechniqueList = Annotated[tuple[OneTechnique, ...], BeforeValidator(_as_list), Field(min_length=1)]
 """One technique or a list of them, composed on one slot."""
 
-__all__ = ["TECHNIQUES", "AnyTechnique", "OneTechnique", "Technique", "TechniqueList"]
+__all__ = ["TECHNIQUES", "OneTechnique", "Technique", "TechniqueList"]

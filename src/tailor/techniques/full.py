@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from tailor.config import Strict
-from tailor.data.records import Record
 from tailor.models.slots import Slot
-from tailor.techniques.technique import Defaults, PeftFiles, Traits, no_peft
+from tailor.techniques.technique import Defaults, Technique, Traits
 
 
-class Full(Strict):
+class Full(Technique):
     """Every weight of the base, or those whose names match."""
 
     type: Literal["full"] = "full"
@@ -34,19 +30,6 @@ class Full(Strict):
         defaults=Defaults(learning_rate=5e-4, num_epochs=5, min_steps=60, max_steps=5000),
     )
 
-    def prepare(self, records: Sequence[Record], seed: int) -> Self:
-        """Full fine-tuning takes nothing from the rows beforehand."""
-        return self
-
     def attach(self, slot: Slot) -> None:
         """Take the base's weights over. Raises ConflictError beside other slots, ConfigError when nothing matches."""
         slot.own(self.parameters)
-
-    def to_peft(self, slot: Slot) -> PeftFiles:
-        """There is none: a full fine-tune is a Hugging Face folder."""
-        raise no_peft(self.type)
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        """There is none."""
-        raise no_peft("full")

@@ -14,12 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tailor.config import Strict
-from tailor.data.records import Record
 from tailor.errors import ConfigError
 from tailor.models.linear import LinearDelta, is_conv1d, linear_sizes
 from tailor.models.slots import Slot, match_names
-from tailor.techniques.technique import PEFT_PREFIX, Defaults, PeftFiles, Traits, refuse_settings
+from tailor.techniques.technique import PEFT_PREFIX, Defaults, PeftFiles, Technique, Traits, refuse_settings
 
 # PEFT settings that change the result; anything but these values is refused on import
 _NEUTRAL = {
@@ -39,7 +37,7 @@ _NEUTRAL = {
 }
 
 
-class LoRA(Strict):
+class LoRA(Technique):
     """Low-rank updates of linear layers; merges into the base."""
 
     type: Literal["lora"] = "lora"
@@ -63,9 +61,7 @@ class LoRA(Strict):
         defaults=Defaults(learning_rate=3e-3, num_epochs=6, min_steps=60, max_steps=2000),
     )
 
-    def prepare(self, records: Sequence[Record], seed: int) -> Self:
-        """LoRA takes nothing from the rows beforehand."""
-        return self
+    peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
 
     def targets(self, slot: Slot) -> list[str]:
         """Names of the linear layers this LoRA sits on. Raises ConfigError when a pattern or a layer matches none."""

@@ -8,24 +8,22 @@ sampled vocabulary (section 3.2), which small tables depend on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tailor.config import Strict
-from tailor.data.records import Record
 from tailor.errors import ConfigError
 from tailor.models.embedding import VirtualTokens
 from tailor.models.slots import Slot
-from tailor.techniques.technique import Defaults, PeftFiles, Traits
+from tailor.techniques.technique import Defaults, PeftFiles, Technique, Traits
 
 TABLE = "prompt_embeddings"
 
 
-class PromptTuning(Strict):
+class PromptTuning(Technique):
     """Trained virtual tokens in front of the text; the base stays as it is."""
 
     type: Literal["prompt_tuning"] = "prompt_tuning"
@@ -46,14 +44,12 @@ class PromptTuning(Strict):
         defaults=Defaults(learning_rate=0.03, num_epochs=12, min_steps=100, max_steps=3000),
     )
 
+    peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")
+
     @model_validator(mode="after")
     def _text_goes_with_text(self) -> Self:
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError("init_text and init: text go together (either one alone has no effect)")
-        return self
-
-    def prepare(self, records: Sequence[Record], seed: int) -> Self:
-        """Prompt tuning takes nothing from the rows beforehand."""
         return self
 
     def attach(self, slot: Slot) -> None:

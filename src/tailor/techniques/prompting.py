@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from tailor.config import Strict
 from tailor.data.records import Conversation, PromptCompletion, Record, completion_of, prompt_of
 from tailor.errors import ConfigError
 from tailor.metrics.answers import FINAL_ANSWER
 from tailor.models.slots import Slot
-from tailor.techniques.technique import PeftFiles, Traits, no_peft
+from tailor.techniques.technique import Technique, Traits
 from tailor.text.messages import Message, assistant, system
 from tailor.text.similarity import BM25
 
@@ -34,7 +33,7 @@ class Shot(Strict):
     completion: str
 
 
-class Prompting(Strict):
+class Prompting(Technique):
     """System text, template, shots and chain of thought, as one versioned artifact (`prompt.json`)."""
 
     type: Literal["prompting"] = "prompting"
@@ -137,15 +136,6 @@ class Prompting(Strict):
     @cached_property
     def _index(self) -> BM25:
         return BM25([shot.prompt for shot in self.examples])
-
-    def to_peft(self, slot: Slot) -> PeftFiles:
-        """There is none: text is not in PEFT's formats."""
-        raise no_peft(self.type)
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        """There is none."""
-        raise no_peft("prompting")
 
 
 def _shot(record: Record) -> Shot:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from tailor.config import Strict
 from tailor.data.records import Record
 from tailor.errors import ConfigError
 from tailor.models.slots import Slot
@@ -53,38 +54,38 @@ class Traits:
     defaults: Defaults | None
 
 
-@runtime_checkable
-class Technique(Protocol):
-    """Four methods. The settings object *is* the technique: `LoRA(rank=8)`."""
+class Technique(Strict):
+    """One customization technique. The settings object *is* the technique: `LoRA(rank=8)`.
+
+    Four methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand, and
+    those that PEFT has no files for leave the last two as they are.
+    """
+
+    type: str
 
     traits: ClassVar[Traits]
-
-    @property
-    def type(self) -> str:
-        """Its name in recipes."""
-        ...
+    peft_types: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, records: Sequence[Record], seed: int) -> Self:
-        """This technique with what it takes from the training rows filled in (shots); most take nothing."""
-        ...
+        """This technique with what it takes from the training rows filled in (shots)."""
+        return self
 
     def attach(self, slot: Slot) -> None:
         """Add parameters, virtual tokens or prompt rewriting to `slot`. Raises ConfigError when nothing matches."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__}.attach")
 
     def to_peft(self, slot: Slot) -> PeftFiles:
         """The slot's share of this technique in PEFT's file layout. Raises ConfigError where PEFT has none."""
-        ...
+        raise _no_peft(self.traits)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        """The technique and slot state that PEFT files describe. Raises ConfigError for settings we do not honour."""
-        ...
+        """The technique and slot state of PEFT files (`peft_types`). Raises ConfigError for what we do not honour."""
+        raise _no_peft(cls.traits)
 
 
-def no_peft(technique_type: str) -> ConfigError:
-    """The refusal of techniques that PEFT has no files for."""
-    return ConfigError(f"{technique_type} has no PEFT format", hint="export it with --format tailor, or merge it first")
+def _no_peft(traits: Traits) -> ConfigError:
+    return ConfigError(f"a technique that trains {traits.trains} has no PEFT format")
 
 
 PEFT_PREFIX = "base_model.model."

@@ -43,7 +43,7 @@ def _counters(run: SlotRun) -> dict[str, object]:
 
 
 def load_checkpoint(folder: Path, runs: list[SlotRun]) -> bool:
-    """Put the runs where the checkpoint left them; False when there is none. Raises ConflictError if it is another's."""
+    """Put the runs where the checkpoint left them; False when there is none. Raises ConflictError for another's."""
     from safetensors.torch import load_file
 
     if not (folder / FOLDER).is_dir():

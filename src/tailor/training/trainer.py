@@ -128,9 +128,10 @@ class Trainer:
         for run in active:
             run.optimizer.zero_grad()
         num_tokens = 0
+        steps = {run.slot.number: run.step for run in active}
         placed = [item for items in draws.values() for item in items]
         for batch in pack(placed, self.tokens_per_batch, share_prefixes=True):
-            plan = Plan.of_batch(batch, step=active[0].step, training=True)
+            plan = Plan.of_batch(batch, steps=steps, training=True)
             with self.base.host.run(plan):
                 scored = scored_by_slot(batch, self.base.batch_logprobs(batch, plan))
                 parts = {n: objectives[n].loss(s) / counts[n] for n, s in scored.items()}

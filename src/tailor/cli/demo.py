@@ -1,0 +1,89 @@
+"""`tailor demo`: what this is, in three minutes, with no download."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tailor.cli.output import AsJson, Quiet, emit, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tailor.recipes.demo import Demo
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def demo(
+    technique: Annotated[list[str] | None, typer.Option("--technique", "-t", help="Only these techniques.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune the embedded base on sample support tickets with every technique, and compare them on held-out ones."""
+    from tailor.recipes.demo import TECHNIQUES
+    from tailor.recipes.demo import demo as run_demo
+
+    for name in technique or ():
+        if name not in TECHNIQUES:
+            raise typer.BadParameter(f"the demo has no technique {name!r}; choices: {', '.join(TECHNIQUES)}")
+    started = time.perf_counter()
+    result = run_demo((lambda text: None) if quiet else say, techniques=tuple(technique or TECHNIQUES), quiet=quiet)
+    rows = [
+        {
+            "technique": row.name,
+            "metrics": row.evaluation.to_dict()["metrics"],
+            "num_parameters": row.num_parameters,
+            "seconds": round(row.seconds, 1),
+        }
+        for row in result.rows
+    ]
+    emit({"rows": rows, "held_out": str(result.held_out)}, as_json, lambda console: _render(console, result))
+    if not as_json:
+        say(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def _render(console: Console, result: Demo) -> None:
+    from rich.table import Table
+
+    base = result.rows[0]
+    table = Table(title="Fernway support tickets: queue and reply, on held-out tickets", title_justify="left")
+    for header in (
+        "technique",
+        "queue accuracy",
+        "95 % interval",
+        "ROUGE-L",
+        "perplexity",
+        "trained parameters",
+        "time",
+    ):
+        table.add_column(header, justify="left" if header == "technique" else "right")
+    for row in result.rows:
+        scores: dict[str, Any] = row.evaluation.metrics
+        accuracy = scores["accuracy"]
+        table.add_row(
+            row.name,
+            f"{accuracy.mean:.2f}",
+            f"{accuracy.low:.2f} to {accuracy.high:.2f}",
+            f"{scores['rougeL'].mean:.2f}",
+            f"{scores['perplexity'].mean:.1f}",
+            f"{row.num_parameters:,}",
+            f"{row.seconds:.0f} s",
+            style="bold" if row is result.best else None,
+        )
+    console.print(table)
+    best = result.best
+    for k in result.shown:
+        console.print(f"\n[bold]ticket[/bold]  {best.evaluation.rows[k].prompt}", highlight=False)
+        for label, row in (("before", base), (f"after ({best.name})", best)):
+            console.print(f"  [dim]{label}[/dim]  ", end="")
+            console.print(str(row.evaluation.rows[k].completion).replace("\n", " · "), markup=False)
+    name = f"demo-{best.name.replace('_', '-')}"
+    console.print("\nnext:")
+    console.print(f'  tailor generate {name} "My parcel never came, order FW-20817."', markup=False)
+    console.print(f"  tailor verify {name}", markup=False)
+    console.print("  tailor data check YOUR.jsonl", markup=False)
+    console.print("  tailor tune YOUR.jsonl --technique lora --name mine", markup=False)

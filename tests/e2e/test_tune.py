@@ -1,0 +1,171 @@
+"""Rows in, artifact out; interrupted and killed runs come to the same losses, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tailor.artifacts.artifact import find
+from tailor.errors import ConflictError, InterruptedRunError
+from tailor.inference.load import load
+from tailor.recipes.tune import TuneRecipe, resume, tune
+from tailor.runs import Run
+from tailor.techniques import TECHNIQUES
+
+TRAINED = [name for name, technique in TECHNIQUES.items() if technique.traits.defaults is not None]
+
+
+def recipe(base: Path, rows: Path, technique: Any, name: str = "mine", **train: Any) -> TuneRecipe:
+    settings = {
+        "num_steps": 12,
+        "batch_size": 6,
+        "eval_every": 4,
+        "checkpoint_every": 3,
+        "learning_rate": 0.01,
+        **train,
+    }
+    return TuneRecipe.model_validate(
+        {
+            "base": {"name": str(base)},
+            "data": {"train": str(rows)},
+            "technique": technique,
+            "train": settings,
+            "output": {"name": name},
+        }
+    )
+
+
+def losses(run: Run) -> list[tuple[int, float, float, float | None]]:
+    return [(m["step"], m["loss"], m["grad_norm"], m.get("validation_loss")) for m in run.metrics()]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a Ctrl-C right after the given step was logged, once."""
+    original, sent = Run.log, []
+
+    def log(self: Run, at: int, **values: Any) -> None:
+        original(self, at, **values)
+        if at == step and not sent:
+            sent.append(at)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "log", log)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return {p.name: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("technique", TRAINED)
+def test_a_tuned_artifact_is_complete_verified_and_answers(technique: str, tiny_folder: Path, rows: Path) -> None:
+    result = tune(recipe(tiny_folder, rows, technique), quiet=True)
+    facts = find("mine").manifest
+    assert facts["parity"]["passed"]
+    hops = {hop["name"] for hop in facts["parity"]["hops"]}
+    assert {"cached generation", "reloaded artifact"} <= hops
+    assert ("merged weights" in hops) == TECHNIQUES[technique].traits.merges
+    assert facts["data"]["num_train"] + facts["data"]["num_validation"] == 40
+    assert facts["metrics"]["num_steps"] == 12
+    assert result.run is not None
+    assert len(result.run.metrics()) == 12
+    first = result.run.metrics()[0]["loss"]
+    assert result.run.metrics()[-1]["loss"] < first
+    assert load("mine").complete(["thing number 3?"], max_new_tokens=4)[0].token_ids
+
+
+@pytest.mark.parametrize("technique", TRAINED)
+def test_an_interrupted_run_resumes_to_the_same_numbers(
+    technique: str, tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"type": technique, "dropout": 0.2} if technique == "lora" else technique
+    whole = tune(recipe(tiny_folder, rows, settings, "whole"), quiet=True)
+    interrupt_at(monkeypatch, 5)
+    with pytest.raises(InterruptedRunError, match="step 5"):
+        tune(recipe(tiny_folder, rows, settings, "parts"), quiet=True)
+    assert Run.open("parts").manifest["status"] == "interrupted"
+    parts = resume("parts", quiet=True)
+    assert whole.run is not None
+    assert parts.run is not None
+    assert losses(parts.run) == losses(whole.run)
+    first, second = weights(find("whole").folder), weights(find("parts").folder)
+    assert first.keys() == second.keys()
+    for name, tensors in first.items():
+        assert all(tensors[key].equal(second[name][key]) for key in tensors)
+    with pytest.raises(ConflictError, match="finished"):
+        resume("parts")
+
+
+@pytest.mark.parametrize("kill_at", [2, 7])
+def test_a_killed_run_resumes_to_the_same_numbers(kill_at: int, tiny_folder: Path, rows: Path, own_home: Path) -> None:
+    whole = tune(recipe(tiny_folder, rows, "lora", "whole"), quiet=True)
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+        "import torch; torch.set_num_threads(int(sys.argv[4])); "
+        "from test_tune import recipe; from tailor.recipes.tune import tune; import time; from tailor.runs import Run; "
+        "log = Run.log; Run.log = lambda self, step, **v: (log(self, step, **v), time.sleep(0.15))[0]; "
+        "tune(recipe(Path(sys.argv[2]), Path(sys.argv[3]), 'lora', 'killed'), quiet=True)"
+    )
+    import torch
+
+    here = Path(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}"}
+    arguments = [str(here.parent), str(tiny_folder), str(rows), str(torch.get_num_threads())]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], env=environment)
+    while process.poll() is None:
+        metrics = list((own_home / "runs").glob("killed-*/metrics.jsonl"))
+        if metrics and metrics[0].read_text().count("\n") >= kill_at:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    assert len(Run.open("killed").metrics()) < 12
+    killed = resume("killed", quiet=True)
+    assert whole.run is not None
+    assert killed.run is not None
+    assert losses(killed.run) == losses(whole.run)
+
+
+def test_resume_refuses_changed_data(tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, 4)
+    with pytest.raises(InterruptedRunError):
+        tune(recipe(tiny_folder, rows, "lora"), quiet=True)
+    rows.write_text(rows.read_text().replace("red", "pink"))
+    with pytest.raises(ConflictError, match="changed"):
+        resume("mine", quiet=True)
+
+
+def test_prompting_needs_no_training(tiny_folder: Path, rows: Path) -> None:
+    result = tune(recipe(tiny_folder, rows, {"type": "prompting", "shots": 2, "system": "Say a colour."}), quiet=True)
+    assert result.run is None
+    assert json.loads((find("mine").folder / "prompt.json").read_text())["examples"]
+    answer = load("mine").complete(["thing number 3?"], max_new_tokens=3)[0]
+    plain = load(str(tiny_folder)).complete(["thing number 3?"], max_new_tokens=3)[0]
+    assert answer.num_prompt_tokens > 3 * plain.num_prompt_tokens
+
+
+def test_a_list_of_techniques_is_composed_and_saved_in_parts(tiny_folder: Path, rows: Path) -> None:
+    techniques = [{"type": "prompting", "shots": 0, "system": "Say a colour."}, "lora", "prompt_tuning"]
+    tune(recipe(tiny_folder, rows, techniques), quiet=True)
+    artifact = find("mine")
+    assert artifact.kind == "prompting+lora+prompt_tuning"
+    assert sorted(p.name for p in artifact.folder.iterdir() if p.is_dir()) == [
+        "part-0-prompting",
+        "part-1-lora",
+        "part-2-prompt_tuning",
+    ]
+    assert artifact.manifest["parity"]["passed"]
+
+
+def test_a_taken_name_is_refused_before_any_work(tiny_folder: Path, rows: Path) -> None:
+    tune(recipe(tiny_folder, rows, "lora", num_steps=1), quiet=True)
+    with pytest.raises(ConflictError, match="already"):
+        tune(recipe(Path("no-such-base"), rows, "lora"), quiet=True)
