@@ -142,7 +142,7 @@ def test_columns_name_the_two_sides(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert check(path, "--columns", "prompt=text", "--columns", "completion=category") == 0
     assert "prompt_completion" in capsys.readouterr().out
     assert check(path, "--columns", "prompt") == 2
-    assert "--columns wants name=column" in capsys.readouterr().err
+    assert "--columns wants name=value" in capsys.readouterr().err
     assert check(path, "--columns", "promt=text") == 3
 
 

@@ -95,7 +95,7 @@ def test_synonyms_are_proposed_never_taken(tmp_path: Path, row: Mapping[str, Any
     message, hint = refusal(path)
     assert "probably" in message
     assert "columns={" + ", ".join(f'"{ours}": "{theirs}"' for ours, theirs in columns.items()) + "}" in hint
-    assert " ".join(f"data.columns.{ours}={theirs}" for ours, theirs in columns.items()) in hint
+    assert " ".join(f"--columns {ours}={theirs}" for ours, theirs in columns.items()) in hint
     assert isinstance(read_records(path, columns=columns).records[0], PromptCompletion)
 
 
@@ -105,7 +105,7 @@ def test_text_beside_a_label_is_not_silently_documents(tmp_path: Path, other: st
     message, hint = refusal(path)
     assert "text (documents) or prompt/completion" in message
     assert f'columns={{"prompt": "text", "completion": "{other}"}}' in hint
-    assert f"data.columns.prompt=text data.columns.completion={other}" in hint
+    assert f"--columns prompt=text --columns completion={other}" in hint
     assert "--format text" in hint
     assert isinstance(read_records(path, format="text").records[0], Document)
 
@@ -153,7 +153,7 @@ def test_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
     [
         ("banking77/train.jsonl.gz", 'columns={"prompt": "text", "completion": "category"}'),
         ("gsm8k/train.jsonl.gz", 'columns={"prompt": "question", "completion": "answer"}'),
-        ("e2e/devset.jsonl.gz", "data.columns.prompt="),
+        ("e2e/devset.jsonl.gz", "--columns prompt="),
     ],
 )
 def test_real_files_without_a_known_format_are_refused_with_the_remedy(name: str, what: str) -> None:

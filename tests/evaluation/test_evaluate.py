@@ -225,7 +225,8 @@ def test_a_broken_model_is_named() -> None:
         evaluate(Scripted(base), None, rows(["a", "b"]), settings=EvalSettings(metrics=("perplexity",)))
 
 
-def test_tools_are_spoken_of(base: Base) -> None:
+def test_tools_reach_the_prompt(base: Base) -> None:
     record = Conversation(messages=(user("a"), assistant("b")), tools=({"type": "function"},))
-    found = evaluate(Scripted(base), None, [record, *rows(["c"])], settings=EvalSettings(metrics=("exact_match",)))
-    assert any(note.startswith("1 rows have tools") for note in found.notes)
+    backend = Scripted(base)
+    evaluate(backend, None, [record, *rows(["c"])], settings=EvalSettings(metrics=("exact_match",)))
+    assert [request.tools for request in backend.requests] == [({"type": "function"},), ()]

@@ -37,7 +37,13 @@ def test_full_training_equals_a_plain_loop_over_the_stock_model(model_type: str,
     """Row by row through transformers' own forward pass, cross-entropy, AdamW and clipping, in float64."""
     base = tiny_base(model_type, torch.float64)
     run = cases.slot_run(
-        base, base.host.attach([Full()]), 1, num_steps=4, weight_decay=0.1, max_grad_norm=max_grad_norm, warmup_ratio=0.5
+        base,
+        base.host.attach([Full()]),
+        1,
+        num_steps=4,
+        weight_decay=0.1,
+        max_grad_norm=max_grad_norm,
+        warmup_ratio=0.5,
     )
     draws = [run_at.example for step in range(4) for run_at in draw_at(run, step)]
     trainer = Trainer(base, [run])
@@ -157,9 +163,7 @@ def test_lora_on_a_bf16_base_is_trained_in_fp32() -> None:
 
 def test_early_stopping_keeps_the_best_weights() -> None:
     base = tiny_base()
-    run = lora_run(
-        base, num_steps=40, learning_rate=0.05, schedule="constant", validation=77, eval_every=1, patience=3
-    )
+    run = lora_run(base, num_steps=40, learning_rate=0.05, schedule="constant", validation=77, eval_every=1, patience=3)
     trainer = Trainer(base, [run])
     losses, states = [], []
     while not trainer.done:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, emit, say
+from tailor.cli.output import AsJson, Columns, emit, pairs, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +33,7 @@ def check(
     file: Annotated[Path, typer.Argument(help="A data file: JSONL, JSON, CSV, TSV, Parquet, .gz, .zst.")],
     base: Annotated[str, typer.Option("--base", "-b", help="tailor-nano, a folder, or a hub id.")] = "tailor-nano",
     format: Annotated[str, typer.Option("--format", help="auto, or one of the formats of docs/formats.md.")] = "auto",
-    columns: Annotated[
-        list[str] | None, typer.Option("--columns", help="Our name = the file's column, e.g. prompt=text. Repeatable.")
-    ] = None,
+    columns: Columns = None,
     validation: Annotated[Path | None, typer.Option("--validation", help="A validation file, for leakage.")] = None,
     technique: Annotated[str | None, typer.Option("--technique", "-t", help="Are there enough rows for it?")] = None,
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", min=8, help="Else the base's context.")] = None,
@@ -53,7 +51,7 @@ def check(
         file,
         base=base,
         format=format,
-        columns=_mapping(columns or []),
+        columns=pairs(columns, "--columns"),
         validation=validation,
         technique=technique,
         max_seq_len=max_seq_len,
@@ -69,16 +67,6 @@ def check(
 def visible(text: str) -> str:
     """Text from a data file on one line, with what a terminal would obey written as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _mapping(columns: list[str]) -> dict[str, str]:
-    mapping = {}
-    for column in columns:
-        ours, equals, theirs = column.partition("=")
-        if not (ours and equals and theirs):
-            raise typer.BadParameter(f"--columns wants name=column, got {column!r}")
-        mapping[ours] = theirs
-    return mapping
 
 
 def _show(report: CheckReport, console: Console) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, Device, Dtype, emit, say
+from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, emit, pairs, say, stages
 
 app = typer.Typer(add_completion=False)
 
@@ -26,9 +26,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer; from the references when not given.")
     ] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option("--columns", help="Our name=the file's column, e.g. prompt=text")
-    ] = None,
+    columns: Columns = None,
     format: Annotated[str, typer.Option("--format", help="auto, or a format of docs/formats.md.")] = "auto",
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Go on without rows that cannot be used.")
@@ -40,6 +38,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate and score every row; metrics follow from the kind of task, each with a bootstrap interval."""
     from tailor.data.dataset import ReadSettings
@@ -56,27 +55,18 @@ def evaluate(
         sampling=SamplingParams(max_new_tokens=max_new_tokens) if max_new_tokens else None,
     )
     gates = {key: float(value) for key, value in pairs(minimum, "--min").items()}
-    evaluation = run_evaluate(
-        name,
-        data,
-        settings=settings,
-        reading=ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows),
-        device=device,
-        dtype=dtype,
-    )
+    with stages(quiet) as progress:
+        evaluation = run_evaluate(
+            name,
+            data,
+            progress=progress,
+            settings=settings,
+            reading=ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows),
+            device=device,
+            dtype=dtype,
+        )
     if rows is not None:
         evaluation.write(rows)
         say(f"rows: {rows}")
     emit({"name": name, **evaluation.to_dict()}, as_json, lambda console: console.print(render_report(evaluation)))
     check_gates(evaluation, gates)
-
-
-def pairs(values: list[str] | None, option: str) -> dict[str, str]:
-    """`a=b` options as a dict. Raises a usage error for anything else."""
-    found = {}
-    for value in values or []:
-        key, equals, text = value.partition("=")
-        if not (key and equals and text):
-            raise typer.BadParameter(f"{option} wants name=value, got {value!r}")
-        found[key] = text
-    return found

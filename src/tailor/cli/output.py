@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -12,15 +14,19 @@ from rich.console import Console
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--columns", help="Our name=the file's column, e.g. prompt=text; may be repeated.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 SCHEMA_VERSION = 1
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def result_console() -> Console:
     """stdout; tables keep their width when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False, emoji=False)
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
@@ -31,6 +37,52 @@ def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None
         render(result_console())
 
 
+@contextmanager
+def stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of long work on stderr, told as (stage, done, total): bars on a terminal, lines at times elsewhere."""
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+    if not sys.stderr.isatty():
+        yield _stage_lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done)
+
+        yield update
+
+
+def _stage_lines() -> Callable[[str, int, int], None]:
+    last = time.monotonic()
+
+    def line(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"{stage} {done}/{total}")
+
+    return line
+
+
 def say(text: str) -> None:
     """A remark for the person at the terminal; never part of the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    """`a=b` options as a dict. Raises a usage error for anything else."""
+    found = {}
+    for value in values or []:
+        key, equals, text = value.partition("=")
+        if not (key and equals and text):
+            raise typer.BadParameter(f"{option} wants name=value, got {value!r}")
+        found[key] = text
+    return found

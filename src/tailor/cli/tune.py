@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tailor.cli.output import AsJson, Device, Dtype, Quiet, emit, say
+from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, emit, pairs, say
 
 app = typer.Typer(add_completion=False)
 
@@ -24,6 +24,7 @@ def tune(
     validation: Annotated[
         str | None, typer.Option("--validation", help="A validation file; else 10 % is set aside.")
     ] = None,
+    columns: Columns = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact of that name.")] = False,
@@ -51,6 +52,7 @@ def tune(
         "output.verify": None if verify else "false",
     }
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    flags += [f"data.columns.{ours}={theirs}" for ours, theirs in pairs(columns, "--columns").items()]
     defaults: dict[str, Any] = {}
     if not is_recipe:
         stem = Path(source).name.split(".")[0] or "data"

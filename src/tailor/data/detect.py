@@ -189,7 +189,7 @@ def _spell(mapping: Mapping[str, str]) -> str:
 
 
 def _flags(mapping: Mapping[str, str]) -> str:
-    return " ".join(f"data.columns.{ours}={theirs}" for ours, theirs in mapping.items())
+    return " ".join(f"--columns {ours}={theirs}" for ours, theirs in mapping.items())
 
 
 def _ambiguous(
@@ -231,6 +231,6 @@ def _unknown(seen: Survey, fitting: int) -> DataError:
     some = f"; {fitting} of {len(seen.sample)} rows fit a format" if fitting else ""
     return DataError(
         f"{path} is in no known format (columns: {listed}{some})",
-        hint='name the columns: columns={"prompt": "…", "completion": "…"} (data.columns.prompt=… '
-        f"data.columns.completion=…), or use a known format: {', '.join(FORMATS)}",
+        hint='name the columns: columns={"prompt": "…", "completion": "…"} (--columns prompt=… '
+        f"--columns completion=…), or use a known format: {', '.join(FORMATS)}",
     )

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tailor.data.records import Conversation, Record, Source, conversation
+from tailor.data.records import Record, Source, conversation, tools_of
 from tailor.errors import DataError
 from tailor.text.messages import Message
-from tailor.text.render import Rendered, Renderer, TrainedTurns
+from tailor.text.render import Rendered, Renderer, Tools, TrainedTurns
 
 Truncation = Literal["error", "prompt", "drop"]
 NOWHERE = Source()
@@ -56,9 +56,9 @@ class Rendering:
         """What the base is shown for these turns: as they are, or as the prompting technique rewrites them."""
         return self.compose(tuple(prompt)) if self.compose else tuple(prompt)
 
-    def prompt(self, prompt: Sequence[Message]) -> list[int]:
+    def prompt(self, prompt: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Token ids after which the assistant answers `prompt`."""
-        return self.renderer.prompt(self.messages(prompt), prefix_ids=self.prefix_ids)
+        return self.renderer.prompt(self.messages(prompt), tools=tools, prefix_ids=self.prefix_ids)
 
     def example(self, record: Record) -> Example | None:
         """The training example of a record, None when `truncation` drops it. Raises DataError naming file and line."""
@@ -76,7 +76,7 @@ class Rendering:
 
     def _render(self, record: Record) -> Rendered:
         turns = conversation(record)
-        tools = record.tools if isinstance(record, Conversation) else ()
+        tools = tools_of(record)
         if self.compose:
             turns = (*self.compose(turns[:-1]), turns[-1])
         trained: TrainedTurns = "last" if self.compose else self.trained_turns

@@ -60,7 +60,7 @@ def split(records: Sequence[Record], *, validation_fraction: float = 0.1, seed: 
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction is {validation_fraction}, it must be between 0 and 1")
-    ranks = _hashes(records, lambda record: f"{seed}\n{_prompt_text(record, normalise=True)}")
+    ranks = _hashes(records, lambda record: f"{seed}\n{prompt_text(record, normalise=True)}")
     num_prompts = sum(1 for _ in _groups(ranks))
     if num_prompts < 2:
         raise DataError(
@@ -88,7 +88,7 @@ def duplicates(records: Sequence[Record]) -> Duplicates:
     """Rows with the same content (all that is trained on; not source and meta)."""
     found = []
     for normalise in (False, True):
-        hashes = _hashes(records, partial(_content_text, normalise=normalise))
+        hashes = _hashes(records, partial(content_text, normalise=normalise))
         repeated = (tuple(map(int, group)) for group in _groups(hashes) if len(group) > 1)
         found.append(tuple(sorted(repeated)))
     return Duplicates(*found)
@@ -98,7 +98,7 @@ def leakage(train: Sequence[Record], validation: Sequence[Record]) -> Leakage:
     """Validation rows whose prompt also stands in the training rows: their score shows memory, not skill."""
     found = []
     for normalise in (False, True):
-        text = partial(_prompt_text, normalise=normalise)
+        text = partial(prompt_text, normalise=normalise)
         hashes = np.concatenate([_hashes(train, text), _hashes(validation, text)])
         pairs = []
         for group in _groups(hashes):
@@ -131,11 +131,13 @@ def _groups(hashes: Hashes) -> Iterator[Indices]:
         start = end
 
 
-def _prompt_text(record: Record, *, normalise: bool) -> str:
+def prompt_text(record: Record, *, normalise: bool) -> str:
+    """What is asked, as one text; `normalise` ignores case and white space. Equal texts are the same prompt."""
     return _text(_prompt(record), normalise=normalise)
 
 
-def _content_text(record: Record, *, normalise: bool) -> str:
+def content_text(record: Record, *, normalise: bool) -> str:
+    """The whole record as one text; equal texts are duplicates."""
     return _text(_content(record), normalise=normalise)
 
 

@@ -106,6 +106,11 @@ def prompt_of(record: Record) -> tuple[Message, ...]:
     return messages[: last_assistant(messages)]
 
 
+def tools_of(record: Record) -> tuple[Mapping[str, Any], ...]:
+    """The record's tools; most have none."""
+    return record.tools if isinstance(record, Conversation) else ()
+
+
 def completion_of(record: Record) -> str:
     """The text of the last assistant turn."""
     messages = conversation(record)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tailor.config import Strict
 from tailor.data.examples import Example
-from tailor.data.records import Conversation, Record, completion_of, prompt_of
+from tailor.data.records import Record, completion_of, prompt_of, tools_of
 from tailor.errors import ConfigError, MissingDependencyError, QualityError, nearest, require
 from tailor.evaluation.likelihood import completion_logprobs, packed_logprobs
 from tailor.evaluation.scores import METRICS, Group, Outcome, metric_named
@@ -243,9 +243,11 @@ class _Run:
         prompts = [prompt_of(record) for record in records]
         completions = None
         if "completions" in needs:
-            self._note_tools(records)
             sampling = self.settings.sampling or self._sampling(examples)
-            requests = [Request(prompt, self.artifact, sampling) for prompt in prompts]
+            requests = [
+                Request(prompt, self.artifact, sampling, tools_of(record))
+                for prompt, record in zip(prompts, records, strict=True)
+            ]
             completions = self.backend.generate(requests, self.stage("generate", len(requests)))
             if cut := sum(c.finish_reason == "length" for c in completions):
                 self.notes.append(f"{cut} of {len(records)} completions were cut at {sampling.max_new_tokens} tokens")
@@ -291,10 +293,6 @@ class _Run:
         if slot is not None and slot.answer_pattern is not None:
             tokens = max(tokens, SamplingParams().max_new_tokens)
         return SamplingParams(max_new_tokens=min(tokens, self.backend.base.max_seq_len))
-
-    def _note_tools(self, records: Sequence[Record]) -> None:
-        if num := sum(isinstance(r, Conversation) and bool(r.tools) for r in records):
-            self.notes.append(f"{num} rows have tools: these are in the perplexity but not in the prompts answered")
 
     def _choose(self, prompts: Sequence[Any], task: Task) -> list[str]:
         """The label of highest summed logprob for each prompt."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -31,11 +31,15 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to continue. `artifact` names an attached customization; None is the plain base."""
+    """A conversation to continue. `artifact` names an attached customization; None is the plain base.
+
+    `tools` are JSON schemas for the base's chat template.
+    """
 
     messages: tuple[Message, ...]
     artifact: str | None = None
     sampling: SamplingParams = GREEDY
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class LocalBackend:
 
     def _running(self, request: Request) -> Running:
         slot = self.slot(request.artifact)
-        prompt_ids = self.rendering(request.artifact).prompt(request.messages)
+        prompt_ids = self.rendering(request.artifact).prompt(request.messages, request.tools)
         stop = request.sampling.stop
         ended = (lambda ids: _first_stop(self._text(ids), stop) is not None) if stop else (lambda ids: False)
         return Running(prompt_ids, slot.number if slot else BASE_SLOT, request.sampling, ended)
@@ -84,9 +84,9 @@ class LocalBackend:
             slot = self.slot(request.artifact)
             turns = (*self.rendering(request.artifact).messages(request.messages), Message("assistant", completion))
             rendered = self.base.renderer.example(
-                turns, trained_turns="last", prefix_ids=slot.virtual_ids if slot else ()
+                turns, tools=request.tools, trained_turns="last", prefix_ids=slot.virtual_ids if slot else ()
             )
-            group = groups.setdefault(repr((request.artifact, request.messages)), len(groups))
+            group = groups.setdefault(repr((request.artifact, request.messages, request.tools)), len(groups))
             example = Example(rendered.token_ids, rendered.loss_mask, group)
             placed.append(Placed(example, slot.number if slot else BASE_SLOT, index))
         scores: list[Tensor] = [torch.empty(0)] * len(placed)

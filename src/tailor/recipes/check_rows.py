@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tailor.data.prepare import _content_text, _prompt_text
+from tailor.data.prepare import content_text, prompt_text
 from tailor.data.records import (
     Comparison,
     Conversation,
@@ -108,10 +108,10 @@ class Tally:
         """Count one row."""
         self.line.append(record.source.line)
         self.kinds[type(record).__name__] += 1
-        self.content.append(hash64(_content_text(record, normalise=False)))
-        self.normalised_content.append(hash64(_content_text(record, normalise=True)))
-        self.prompt.append(hash64(_prompt_text(record, normalise=False)))
-        self.normalised_prompt.append(hash64(_prompt_text(record, normalise=True)))
+        self.content.append(hash64(content_text(record, normalise=False)))
+        self.normalised_content.append(hash64(content_text(record, normalise=True)))
+        self.prompt.append(hash64(prompt_text(record, normalise=False)))
+        self.normalised_prompt.append(hash64(prompt_text(record, normalise=True)))
         self._count_label(record)
         self._note_texts(record)
         try:

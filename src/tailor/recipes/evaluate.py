@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tailor.data.dataset import ReadSettings, read
 from tailor.errors import ConfigError, QualityError, nearest
-from tailor.evaluation.evaluate import EvalSettings, Evaluation
+from tailor.evaluation.evaluate import EvalSettings, Evaluation, Progress
 from tailor.evaluation.evaluate import evaluate as score
 from tailor.inference.load import load
 
@@ -18,6 +18,7 @@ def evaluate(
     *,
     settings: EvalSettings | None = None,
     reading: ReadSettings | None = None,
+    progress: Progress | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Evaluation:
@@ -29,7 +30,8 @@ def evaluate(
     customized = load(name, device=device, dtype=dtype)
     records = read(str(data), reading or ReadSettings()).records
     labels = customized.artifact.manifest.get("labels") if customized.artifact is not None else None
-    return score(customized.backend, customized.name, records, settings=settings or EvalSettings(), labels=labels)
+    settings = settings or EvalSettings()
+    return score(customized.backend, customized.name, records, settings=settings, labels=labels, progress=progress)
 
 
 def check_gates(evaluation: Evaluation, gates: Mapping[str, float]) -> None:

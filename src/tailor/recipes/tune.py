@@ -16,7 +16,7 @@ from tailor.artifacts.artifact import Artifact
 from tailor.config import Strict, dump_yaml, load_recipe
 from tailor.data.dataset import Dataset, DataSettings, load_dataset
 from tailor.data.examples import Example, Rendering
-from tailor.data.records import Record
+from tailor.data.records import Record, completion_of
 from tailor.errors import ConfigError, ConflictError, DataError, InterruptedRunError, TerminatedRunError
 from tailor.models.base import Base, load_base
 from tailor.models.slots import Slot
@@ -32,6 +32,8 @@ from tailor.training.progress import peak_memory, show_progress
 from tailor.training.settings import Resolved, TrainSettings, resolve_settings
 from tailor.training.track import tensorboard_writer
 from tailor.training.trainer import SlotRun, StepReport, Trainer, finish
+
+MAX_LABELS = 200
 
 
 class BaseSettings(Strict):
@@ -216,6 +218,12 @@ def _loop(prepared: _Prepared, run: Run, slot_run: SlotRun, request: StopRequest
                 save_checkpoint(run.folder, [slot_run])
 
 
+def _labels(records: Sequence[Record]) -> list[str] | None:
+    """The label set of a classification, for later evaluations: few completions that repeat. None for other tasks."""
+    labels = sorted({completion_of(record) for record in records})
+    return labels if len(labels) <= MAX_LABELS and 2 * len(labels) <= len(records) else None
+
+
 def _log(run: Run, report: StepReport, slot_run: SlotRun) -> None:
     values: dict[str, Any] = {
         "loss": report.loss,
@@ -241,6 +249,7 @@ def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None, second
             "num_train": len(prepared.dataset.train),
             "num_validation": len(prepared.dataset.validation),
         },
+        "labels": _labels(prepared.dataset.train),
     }
     if slot_run is not None and run is not None:
         facts["run"] = run.name
