@@ -34,7 +34,13 @@ _NEUTRAL = {
     "target_parameters": None,
     "alora_invocation_tokens": None,
     "megatron_config": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# the other starts of PEFT (pissa, olora, corda, loftq, lora_ga) rewrite the base's weights when the adapter is loaded
+_STARTS_BESIDE_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 class LoRA(Technique):
@@ -106,6 +112,11 @@ class LoRA(Technique):
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
         """Reads what PEFT saved as `LORA`; the targets are those the tensors name, not the config's patterns."""
         refuse_settings(config, _NEUTRAL)
+        if (start := config.get("init_lora_weights")) not in _STARTS_BESIDE_THE_BASE:
+            raise ConfigError(
+                f"this PEFT adapter sets init_lora_weights={start!r}: it belongs to weights that start has changed",
+                hint="save it as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            )
         state = {}
         for key, tensor in tensors.items():
             name = key.removeprefix(PEFT_PREFIX).replace(".default.", ".")
@@ -118,7 +129,7 @@ class LoRA(Technique):
             raise ConfigError("this LoRA adapter holds no tensors: it would change nothing")
         modules = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in state))
         technique = cls(
-            rank=config["r"],
+            rank=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("lora_dropout", 0.0),
             target_modules=modules,
