@@ -2,7 +2,8 @@
 
 Intent routing (banking77: 77 labels, a tenth of the training rows carved out as development split, by a hash of the
 text) and data to text (e2e: the data's own suggested split by meaning representation). Each command runs in its own
-process, so that its peak memory is its own. The data is not part of the project: give the folder that holds banking77/ and e2e/.
+process, so that its peak memory is its own. The data is not part of the project: give the folder that holds banking77/
+and e2e/.
 
     python benchmarks/real_data.py DATA_FOLDER [--data banking77 e2e] [--output results.json]
 """

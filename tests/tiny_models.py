@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# model_type → (config class, changes to SMALL); windows are shorter than the test rows and caps tight, so that they matter
+# model_type → (config class, changes to SMALL); windows are shorter than the test rows, caps tight: they must matter
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 7}),

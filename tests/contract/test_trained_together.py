@@ -34,7 +34,7 @@ class Part:
 
 
 def parts(num_steps: int) -> dict[str, Part]:
-    """Two LoRAs with dropout and a prompt tuning on different data; one stops early, one is over sooner, one diverges."""
+    """Two LoRAs with dropout and a prompt tuning on different data; one stops early, one is short, one diverges."""
     same = {"num_steps": num_steps}
     return {
         "lora": Part(LoRA(rank=2, alpha=4, dropout=0.3), 1, same | {"learning_rate": 0.01}),

@@ -1,4 +1,4 @@
-"""The fixed runs behind the golden files: three steps of each technique, with its own defaults, on the embedded base."""
+"""The fixed runs behind the golden files: three steps of each technique, with its defaults, on the embedded base."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_failing_attach_leaves_nothing_behind() -> None:
 
 def test_two_techniques_of_one_list_may_not_sit_on_the_same_thing() -> None:
     base = tiny_base()
-    with pytest.raises(ConfigError, match="both want to add model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ConfigError, match=r"both want to add model\.layers\.0\.self_attn\.q_proj"):
         base.host.attach([lora(), lora()])
     with pytest.raises(ConfigError, match="both want to add prompt_embeddings"):
         base.host.attach([tuning(), tuning()])

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tiny_models import tiny_base, tiny_model
 from torch import Tensor
 
 from tailor.errors import ConfigError
@@ -18,6 +17,7 @@ from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.techniques.lora import LoRA
 from tailor.techniques.prompt_tuning import PromptTuning
+from tiny_models import tiny_base, tiny_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_base, tiny_model
 
 from tailor.data.examples import Rendering, make_examples
 from tailor.data.records import Conversation, PromptCompletion, Record
@@ -19,6 +18,7 @@ from tailor.techniques.full import Full
 from tailor.text.messages import Message, assistant, system, user
 from tailor.training.settings import TrainSettings, resolve_settings
 from tailor.training.trainer import SlotRun, Trainer
+from tiny_models import tiny_base, tiny_model
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

@@ -47,8 +47,9 @@ LLAMA3 = (
     "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
@@ -250,7 +251,7 @@ def test_tool_calls_and_names_cannot_smuggle_a_special_token_in() -> None:
     renderer = make_renderer(tiny_tokenizer())
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": ["<|end|>"]}}}
     for turn in (Message("assistant", "", tool_calls=(call,)), Message("user", "Hi", name="<|end|>")):
-        with pytest.raises(DataError, match="special token '<.end.>'"):
+        with pytest.raises(DataError, match=r"special token '<\|end\|>'"):
             renderer.prompt((user("U"), turn, user("V")))
     with pytest.raises(DataError, match="the description of a tool holds the special token"):
         renderer.prompt((user("U"),), tools=({"type": "function", "function": {"description": "ends <|end|>"}},))

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import pytest
-import technique_cases as cases
 import torch
-from tiny_models import tiny_base, tiny_model
 
+import technique_cases as cases
 from tailor.data.examples import Example
 from tailor.errors import ConfigError, TailorError
 from tailor.models.base import Base
@@ -20,6 +19,7 @@ from tailor.techniques.technique import Defaults
 from tailor.training.optimizer import learning_rate_at
 from tailor.training.settings import Resolved, TrainSettings, resolve_settings
 from tailor.training.trainer import SlotRun, StepReport, Trainer, finish, mean_loss
+from tiny_models import tiny_base, tiny_model
 
 DEFAULTS = Defaults(learning_rate=0.5, num_epochs=4, min_steps=10, max_steps=100, batch_size=16)
 

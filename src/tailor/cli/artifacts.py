@@ -59,8 +59,8 @@ def show(name: Name, as_json: AsJson = False) -> None:
     artifact = find(name)
 
     def render(console: Console) -> None:
-        console.print(f"# {artifact.folder}", markup=False)
-        console.print(dump_yaml(dict(artifact.manifest)), markup=False)
+        console.print(f"# {artifact.folder}")
+        console.print(dump_yaml(dict(artifact.manifest)))
 
     emit({"folder": str(artifact.folder), **artifact.manifest}, as_json, render)
 

@@ -48,6 +48,7 @@ def demo(
 
 def _render(console: Console, result: Demo) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     base = result.rows[0]
     table = Table(title="Fernway support tickets: queue and reply, on held-out tickets", title_justify="left")
@@ -77,13 +78,13 @@ def _render(console: Console, result: Demo) -> None:
     console.print(table)
     best = result.best
     for k in result.shown:
-        console.print(f"\n[bold]ticket[/bold]  {best.evaluation.rows[k].prompt}", highlight=False)
+        console.print(Text.assemble("\n", ("ticket", "bold"), "  ", best.evaluation.rows[k].prompt))
         for label, row in (("before", base), (f"after ({best.name})", best)):
-            console.print(f"  [dim]{label}[/dim]  ", end="")
-            console.print(str(row.evaluation.rows[k].completion).replace("\n", " · "), markup=False)
+            answer = str(row.evaluation.rows[k].completion).replace("\n", " · ")
+            console.print(Text.assemble("  ", (label, "dim"), "  ", answer))
     name = f"demo-{best.name.replace('_', '-')}"
     console.print("\nnext:")
-    console.print(f'  tailor generate {name} "My parcel never came, order FW-20817."', markup=False)
-    console.print(f"  tailor verify {name}", markup=False)
-    console.print("  tailor data check YOUR.jsonl", markup=False)
-    console.print("  tailor tune YOUR.jsonl --technique lora --name mine", markup=False)
+    console.print(f'  tailor generate {name} "My parcel never came, order FW-20817."')
+    console.print(f"  tailor verify {name}")
+    console.print("  tailor data check YOUR.jsonl")
+    console.print("  tailor tune YOUR.jsonl --technique lora --name mine")

@@ -62,7 +62,7 @@ def generate(
 
     def render(console: Console) -> None:
         for row in rows:
-            console.print(row["text"], markup=False)
+            console.print(row["text"])
 
     emit({"completions": rows}, as_json, render)
 

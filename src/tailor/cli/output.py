@@ -25,8 +25,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def result_console() -> Console:
-    """stdout; tables keep their width when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False, emoji=False)
+    """stdout, printing people's texts as they are: no markup, no emoji codes. In a file tables have 110 columns."""
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,33 +64,38 @@ def tune(
 
 
 def show(result: Any, as_json: bool) -> None:
-    """Print what a finished run came to."""
+    """Print what a finished run came to. Raises QualityError when the artifact failed its parity check."""
     from rich.console import Console
+
+    from tailor.errors import QualityError
 
     artifact = result.artifact
     facts = artifact.manifest
     metrics, parity = facts.get("metrics", {}), facts.get("parity")
 
     def render(console: Console) -> None:
-        console.print(
-            f"[bold]{artifact.name}[/bold]  {artifact.kind} on {facts['base']['name']}, saved in {artifact.folder}"
-        )
-        console.print(f"rows: {facts['data']['num_train']} trained, {facts['data']['num_validation']} set aside")
-        console.print(f"trainable parameters: {facts['num_parameters']:,}")
+        line = partial(console.print, soft_wrap=True)
+        line(artifact.name, style="bold")
+        line(f"{artifact.kind} on {facts['base']['name']}, saved in {artifact.folder}")
+        line(f"rows: {facts['data']['num_train']} trained, {facts['data']['num_validation']} set aside")
+        line(f"trainable parameters: {facts['num_parameters']:,}")
         if metrics:
             stopped = f" ({metrics['stopped']})" if metrics["stopped"] else ""
-            console.print(f"steps: {metrics['num_steps']}{stopped}, best at {metrics['best_step']}")
+            line(f"steps: {metrics['num_steps']}{stopped}, best at {metrics['best_step']}")
             if metrics["validation_loss"] is not None:
-                console.print(f"validation loss: {metrics['validation_loss']:.4f}")
-            console.print(f"time: {metrics['seconds']:.1f} s, peak memory {metrics['peak_memory'] / 2**30:.2f} GiB")
+                line(f"validation loss: {metrics['validation_loss']:.4f}")
+            line(f"time: {metrics['seconds']:.1f} s, peak memory {metrics['peak_memory'] / 2**30:.2f} GiB")
         if parity:
             hops = ", ".join(hop["name"] for hop in parity["hops"])
-            console.print(
-                f"parity: {'passed' if parity['passed'] else 'FAILED'} ({hops}); noise {parity['noise_floor']:.1e}"
-            )
+            line(f"parity: {'passed' if parity['passed'] else 'FAILED'} ({hops}); noise {parity['noise_floor']:.1e}")
 
     for note in result.dataset.notes:
         say(f"note: {note}")
     emit({"artifact": artifact.name, "folder": str(artifact.folder), **facts}, as_json, render)
+    if parity and not parity["passed"]:
+        raise QualityError(
+            f"{artifact.name} is saved, but it does not answer as it did in training",
+            hint=f"tailor verify {artifact.name}",
+        )
     if not as_json:
         say(f'next: tailor generate {artifact.name} "…"   or   tailor eval {artifact.name} FILE')

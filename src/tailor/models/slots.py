@@ -232,6 +232,12 @@ class SlotHost:
         module = self.model.get_submodule(self.placement.embedding(self.model))
         return min(self.tokenizer.vocab_size, int(module.num_embeddings)), int(module.embedding_dim)  # type: ignore[arg-type]
 
+    def embedding_rms(self) -> float:
+        """Root mean square of the word embeddings as the model sees them, over at most 4,096 words."""
+        vocabulary, _ = self.embedding_shape()
+        sample = self.embed(range(0, vocabulary, -(-vocabulary // 4096)))
+        return float(sample.float().pow(2).mean().sqrt())
+
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """(n, hidden) of words, by calling the embedding: Gemma 3 scales inside it."""
         module = self.model.get_submodule(self.placement.embedding(self.model))

@@ -162,7 +162,9 @@ def _examples(records: Sequence[Record], objective: Objective, rendering: Render
 def _resolved(prepared: _Prepared) -> Resolved:
     """Settings with the defaults of the technique that trains most (in a list, the last with defaults)."""
     defaults: list[Defaults] = [t.traits.defaults for t in prepared.techniques if t.traits.defaults is not None]
-    return resolve_settings(prepared.recipe.train, defaults[-1], len(prepared.train))
+    return resolve_settings(
+        prepared.recipe.train, defaults[-1], len(prepared.train), prepared.base.host.embedding_rms()
+    )
 
 
 def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:

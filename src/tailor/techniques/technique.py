@@ -23,6 +23,10 @@ class Defaults:
 
     The number of steps is `num_epochs` passes over the rows, held between `min_steps` and `max_steps`: a handful of
     rows still gets enough updates for a randomly initialised table, and a large file does not run for hours.
+
+    With `per_embedding_rms`, `learning_rate` is in units of the root mean square of the base's word embeddings: AdamW
+    moves every number by about the rate per step, and a table's rows must travel as far as words are apart, which
+    differs between bases by a factor of fifty.
     """
 
     learning_rate: float
@@ -30,6 +34,7 @@ class Defaults:
     min_steps: int
     max_steps: int
     batch_size: int = 16
+    per_embedding_rms: bool = False
 
     def num_steps(self, num_rows: int, batch_size: int) -> int:
         """Optimizer steps for `num_rows` rows."""

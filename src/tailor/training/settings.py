@@ -50,8 +50,13 @@ class Resolved:
     checkpoint_every: int
 
 
-def resolve_settings(settings: TrainSettings, defaults: Defaults, num_rows: int) -> Resolved:
-    """Fill in what the recipe left open. Raises ConfigError when num_epochs and num_steps are both given."""
+def resolve_settings(
+    settings: TrainSettings, defaults: Defaults, num_rows: int, embedding_rms: float = 1.0
+) -> Resolved:
+    """Fill in what the recipe left open; `embedding_rms` is the unit of rates that are relative to the embeddings.
+
+    Raises ConfigError when num_epochs and num_steps are both given.
+    """
     if settings.num_epochs is not None and settings.num_steps is not None:
         raise ConfigError("train.num_epochs and train.num_steps are both given: one would have no effect")
     batch_size = min(settings.batch_size or defaults.batch_size, num_rows)
@@ -61,9 +66,10 @@ def resolve_settings(settings: TrainSettings, defaults: Defaults, num_rows: int)
         num_steps = max(1, round(settings.num_epochs * num_rows / batch_size))
     else:
         num_steps = defaults.num_steps(num_rows, batch_size)
+    unit = embedding_rms if defaults.per_embedding_rms else 1.0
     eval_every = settings.eval_every or max(1, num_steps // 10)
     return Resolved(
-        learning_rate=settings.learning_rate or defaults.learning_rate,
+        learning_rate=settings.learning_rate or defaults.learning_rate * unit,
         num_steps=num_steps,
         batch_size=batch_size,
         warmup_steps=round(settings.warmup_ratio * num_steps),
