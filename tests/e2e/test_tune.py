@@ -143,6 +143,13 @@ def test_resume_refuses_changed_data(tiny_folder: Path, rows: Path, monkeypatch:
         resume("mine", quiet=True)
 
 
+def test_tensorboard_events_stand_beside_the_metrics(tiny_folder: Path, rows: Path) -> None:
+    pytest.importorskip("tensorboard")
+    result = tune(recipe(tiny_folder, rows, "lora", num_steps=2, tensorboard=True), quiet=True)
+    assert result.run is not None
+    assert list((result.run.folder / "tensorboard").glob("events*"))
+
+
 def test_prompting_needs_no_training(tiny_folder: Path, rows: Path) -> None:
     result = tune(recipe(tiny_folder, rows, {"type": "prompting", "shots": 2, "system": "Say a colour."}), quiet=True)
     assert result.run is None

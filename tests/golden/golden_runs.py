@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ def path(technique: str) -> Path:
     return FOLDER / f"sft-{technique}.json"
 
 
-def golden_run(base: Base, technique: str) -> dict[str, Any]:
+def golden_run(base: Base, technique: str, pinned: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Losses of three steps of four rows and gradient norms; a technique that trains nothing has a loss only.
 
-    A `full` run changes the base: give it a fresh one.
+    Settings and learning rate are those of `pinned` (a golden file, so that better defaults break none), or the
+    technique's defaults. A `full` run changes the base: give it a fresh one.
     """
     kind: Any = TECHNIQUES[technique]
-    prepared = kind().prepare(ROWS, seed=0)
+    prepared = kind(**pinned["settings"]) if pinned else kind().prepare(ROWS, seed=0)
     slot = base.host.attach([prepared], seed=0)
     rendering = Rendering(base.renderer, base.max_seq_len, slot.virtual_ids, slot.compose)
     examples, _ = make_examples(ROWS, rendering)
@@ -50,8 +52,9 @@ def golden_run(base: Base, technique: str) -> dict[str, Any]:
         "loss_before": mean_loss(base, slot, SFT(), examples, 4096),
     }
     if kind.traits.defaults is not None:
-        settings = TrainSettings(num_steps=3, batch_size=4, schedule="constant", warmup_ratio=0)
-        resolved = resolve_settings(settings, kind.traits.defaults, len(examples))
+        rate = pinned["learning_rate"] if pinned else None
+        settings = TrainSettings(num_steps=3, batch_size=4, schedule="constant", warmup_ratio=0, learning_rate=rate)
+        resolved = resolve_settings(settings, kind.traits.defaults, len(examples), base.host.embedding_rms())
         trainer = Trainer(base, [SlotRun(technique, slot, SFT(), examples, [], settings, resolved)])
         reports = [trainer.step()[0] for _ in range(3)]
         found |= {

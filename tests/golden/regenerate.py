@@ -24,8 +24,8 @@ def main(techniques: list[str]) -> None:
     for technique in techniques or TECHNIQUES:
         header = {
             "made_by": f"python tests/golden/regenerate.py {technique}",
-            "how": "golden_run() of tests/golden/golden_runs.py: the technique's default settings on tailor-nano, "
-            "fp32, one CPU thread, seed 0, three steps of four of six rows, constant learning rate",
+            "how": "golden_run() of tests/golden/golden_runs.py: tailor-nano, fp32, one CPU thread, seed 0, three "
+            "steps of four of six rows, constant learning rate; settings and rate were the defaults that day",
             "made_with": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
         }
         found = header | golden_run(load_base("tailor-nano", "cpu", "float32"), technique)

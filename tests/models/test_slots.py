@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -411,6 +412,16 @@ def test_word_embeddings_are_what_the_model_uses() -> None:
         slot = base.host.attach([tuning(init="text", init_text="the quick brown fox")])
         words = base.tokenizer.encode("the quick brown fox")[:3]
         assert torch.equal(base.logits([*slot.virtual_ids, 5], slot.number), base.logits([*words, 5]))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "opt"])
+def test_the_size_of_the_word_embeddings(model_type: str) -> None:
+    base = tiny_base(model_type)
+    words = base.model.get_input_embeddings()(torch.arange(base.tokenizer.vocab_size)).double()
+    expected = math.sqrt(float((words**2).mean()))
+    assert base.host.embedding_rms() == pytest.approx(expected, rel=1e-5)
+    base.host.attach([tuning()])
+    assert base.host.embedding_rms() == pytest.approx(expected, rel=1e-5), "virtual tokens are no words"
 
 
 # ------------------------------------------------------------------------------------------------ plans

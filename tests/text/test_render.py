@@ -63,6 +63,10 @@ REASONING = (
     "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# the text before an answer would melt into its first word ("qu" + "ick" is one token) if they were tokenised together
+JOINING = CHAT_TEMPLATE.replace("|>{{ m['content'] }}", "|>say the qu{{ m['content'] }}").replace(
+    "<|assistant|>{%", "<|assistant|>say the qu{%"
+)
 LATE_NEWLINES = CHATML.replace("assistant\n{%", "assistant{%").replace("<|im_end|>", "\n<|im_end|>")
 
 SHAPES = {
@@ -72,11 +76,25 @@ SHAPES = {
     "gemma": Shape(GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", trims=True, takes_system=False),
     "mistral": Shape(MISTRAL, ("[INST]", "[/INST]"), "<|eos|>", lead=" "),
     "reasoning": Shape(REASONING, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", keeps_reasoning=False),
+    "joining": Shape(JOINING, ROLES, "<|end|>"),
     "late newlines": Shape(LATE_NEWLINES, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", lead="\n", trail="\n"),
 }
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
-    ["", " ", "\n", "hello there", " leading", "trailing \n", "<think>so</think>fine", "<|", "end|>", "é🦊", "a\x00b"]
+    [
+        "",
+        " ",
+        "\n",
+        "ick fox",
+        "hello there",
+        " leading",
+        "trailing \n",
+        "<think>so</think>fine",
+        "<|",
+        "end|>",
+        "é🦊",
+        "a\x00b",
+    ]
 )
 many = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
@@ -207,6 +225,14 @@ def test_one_row_by_hand() -> None:
         *(("<|user|>", 0), ("V", 0), ("<|end|>", 0)),
         *(("<|assistant|>", 0), ("B", 1), ("<|end|>", 1)),
     ]
+
+
+def test_an_answer_is_tokenised_apart_from_what_stands_before_it() -> None:
+    tokenizer = SHAPES["joining"].tokenizer()
+    rendered = ChatRenderer(tokenizer).example((user("ick"), assistant("ick"), user("ick"), assistant("ick")))
+    answers = [t for t, m in zip(rendered.token_ids, rendered.loss_mask, strict=True) if m]
+    assert answers == 2 * [*tokenizer.encode("ick"), tokenizer.encode("<|end|>")[0]]
+    assert tokenizer.encode("say the quick") != tokenizer.encode("say the qu") + tokenizer.encode("ick")
 
 
 def test_what_follows_the_end_of_turn_is_not_trained() -> None:

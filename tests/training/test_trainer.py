@@ -252,6 +252,13 @@ def test_what_is_not_given_is_filled_in(given: dict[str, Any], rows: int, expect
     assert resolve_settings(TrainSettings(**given), DEFAULTS, rows) == expected
 
 
+def test_rates_relative_to_the_embeddings() -> None:
+    relative = Defaults(learning_rate=2.0, num_epochs=1, min_steps=1, max_steps=9, per_embedding_rms=True)
+    assert resolve_settings(TrainSettings(), relative, 10, 0.03).learning_rate == pytest.approx(0.06)
+    assert resolve_settings(TrainSettings(), DEFAULTS, 10, 0.03).learning_rate == 0.5
+    assert resolve_settings(TrainSettings(learning_rate=0.1), relative, 10, 0.03).learning_rate == 0.1, "as given"
+
+
 def test_epochs_and_steps_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="both given"):
         resolve_settings(TrainSettings(num_epochs=1, num_steps=5), DEFAULTS, 10)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tailor.data.records import Record, Source, conversation, tools_of
+from tailor.data.records import Record, Source, conversation, last_assistant, tools_of
 from tailor.errors import DataError
 from tailor.text.messages import Message
 from tailor.text.render import Rendered, Renderer, Tools, TrainedTurns
@@ -78,7 +78,8 @@ class Rendering:
         turns = conversation(record)
         tools = tools_of(record)
         if self.compose:
-            turns = (*self.compose(turns[:-1]), turns[-1])
+            answer = last_assistant(turns)
+            turns = (*self.compose(turns[:answer]), turns[answer])
         trained: TrainedTurns = "last" if self.compose else self.trained_turns
         return self.renderer.example(turns, tools=tools, trained_turns=trained, prefix_ids=self.prefix_ids)
 

@@ -19,6 +19,10 @@ EMBEDDED = {"tailor-nano": Path(__file__).parent / "embedded"}
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 
 
+OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
+"""The same weights once more, in layouts that are not read."""
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """The folder of a base: embedded, a local folder, a full or merged artifact by name, or a hub id (downloads).
 
@@ -56,7 +60,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = snapshot_download(repository, allow_patterns=WEIGHT_PATTERNS)
+        folder = snapshot_download(repository, allow_patterns=WEIGHT_PATTERNS, ignore_patterns=OTHER_LAYOUTS)
     except GatedRepoError as error:
         raise AuthError(
             f"{repository} is gated", hint="accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
@@ -76,7 +80,7 @@ def _download(repository: str) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The base's own safetensors files (an adapter lying beside them is not part of it)."""
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", "consolidated")))
 
 
 def fingerprint(folder: Path) -> str:
