@@ -23,8 +23,8 @@ from typing import Any
 
 TECHNIQUES = ("lora", "full", "prompt_tuning")
 SETTINGS: dict[str, dict[str, list[str]]] = {
-    "banking77": {"lora": [], "full": [], "prompt_tuning": ["train.num_epochs=4"]},
-    "e2e": {"lora": ["train.num_epochs=2"], "full": ["train.num_epochs=2"], "prompt_tuning": ["train.num_epochs=3"]},
+    "banking77": {"lora": [], "full": [], "prompt_tuning": ["train.num_epochs=3"]},
+    "e2e": {"lora": ["train.num_epochs=2"], "full": ["train.num_epochs=2"], "prompt_tuning": ["train.num_epochs=2"]},
 }
 """Overrides of the defaults; each is printed with the result."""
 

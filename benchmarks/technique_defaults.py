@@ -64,8 +64,9 @@ def measure(
     settings = TrainSettings(learning_rate=learning_rate, num_steps=num_steps, patience=None)
     examples, held_out = make_examples(train, rendering)[0], make_examples(validation, rendering)[0]
     assert technique.traits.defaults is not None
-    resolved = resolve_settings(settings, technique.traits.defaults, len(examples))
-    run = SlotRun("run", slot, SFT(), examples, held_out, settings, resolved)
+    resolved = resolve_settings(settings, technique.traits.defaults, len(examples), base.host.embedding_rms())
+    alone = [[(example,) for example in side] for side in (examples, held_out)]
+    run = SlotRun("run", slot, SFT(), *alone, settings, resolved)
     curve: list[tuple[int, float]] = []
 
     def listen(report) -> None:

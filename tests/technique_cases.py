@@ -146,8 +146,9 @@ def slot_run(base: Base, slot: Slot, task: int, name: str = "run", num_rows: int
     defaults = LoRA.traits.defaults
     assert defaults is not None
     held_out = examples(base, slot, validation) if validation is not None else []
-    resolved = resolve_settings(chosen, defaults, len(train))
-    return SlotRun(name, slot, SFT(), train, held_out, chosen, resolved)
+    resolved = resolve_settings(chosen, defaults, len(train), base.host.embedding_rms())
+    alone = [[(example,) for example in side] for side in (train, held_out)]
+    return SlotRun(name, slot, SFT(), *alone, chosen, resolved)
 
 
 def fresh(

@@ -42,8 +42,8 @@ def test_the_trainer_takes_the_same_steps(sft: ModuleType, tmp_path: Path) -> No
     settings = TrainSettings(num_steps=STEPS, batch_size=4, tokens_per_batch=256, warmup_ratio=0.4)
     defaults = Full.traits.defaults
     assert defaults is not None
-    resolved = resolve_settings(settings, defaults, len(examples))
-    run = SlotRun("full", base.host.attach([Full()]), SFT(), examples, [], settings, resolved)
+    resolved = resolve_settings(settings, defaults, len(examples), base.host.embedding_rms())
+    run = SlotRun("full", base.host.attach([Full()]), SFT(), [(e,) for e in examples], [], settings, resolved)
     trainer = Trainer(base, [run])
     drawn, ours, norms = [], [], []
     for _ in range(STEPS):

@@ -46,22 +46,23 @@ def golden_run(base: Base, technique: str, pinned: Mapping[str, Any] | None = No
     slot = base.host.attach([prepared], seed=0)
     rendering = Rendering(base.renderer, base.max_seq_len, slot.virtual_ids, slot.compose)
     examples, _ = make_examples(ROWS, rendering)
+    bundles = [(example,) for example in examples]
     found: dict[str, Any] = {
         "settings": prepared.model_dump(mode="json"),
         "num_parameters": slot.num_parameters,
-        "loss_before": mean_loss(base, slot, SFT(), examples, 4096),
+        "loss_before": mean_loss(base, slot, SFT(), bundles, 4096),
     }
     if kind.traits.defaults is not None:
         rate = pinned["learning_rate"] if pinned else None
         settings = TrainSettings(num_steps=3, batch_size=4, schedule="constant", warmup_ratio=0, learning_rate=rate)
         resolved = resolve_settings(settings, kind.traits.defaults, len(examples), base.host.embedding_rms())
-        trainer = Trainer(base, [SlotRun(technique, slot, SFT(), examples, [], settings, resolved)])
+        trainer = Trainer(base, [SlotRun(technique, slot, SFT(), bundles, [], settings, resolved)])
         reports = [trainer.step()[0] for _ in range(3)]
         found |= {
             "learning_rate": resolved.learning_rate,
             "losses": [r.loss for r in reports],
             "grad_norms": [r.grad_norm for r in reports],
-            "loss_after": mean_loss(base, slot, SFT(), examples, 4096),
+            "loss_after": mean_loss(base, slot, SFT(), bundles, 4096),
         }
     base.host.detach(slot)
     return found

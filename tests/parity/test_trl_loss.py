@@ -77,8 +77,8 @@ def our_losses(records: list[Record], chat: bool, num_steps: int, rate: float) -
     settings = TrainSettings(
         num_steps=num_steps, learning_rate=rate, schedule="linear", warmup_ratio=0, tokens_per_batch=40
     )
-    resolved = resolve_settings(settings, Full.traits.defaults, len(examples))
-    trainer = Trainer(base, [SlotRun("full", slot, SFT(), examples, [], settings, resolved)])
+    resolved = resolve_settings(settings, Full.traits.defaults, len(examples), base.host.embedding_rms())
+    trainer = Trainer(base, [SlotRun("full", slot, SFT(), [(e,) for e in examples], [], settings, resolved)])
     return [(r.loss, r.grad_norm) for r in (trainer.step()[0] for _ in range(num_steps))]
 
 

@@ -21,7 +21,7 @@ from tailor.training.settings import Resolved, TrainSettings, resolve_settings
 from tailor.training.trainer import SlotRun, StepReport, Trainer, finish, mean_loss
 from tiny_models import tiny_base, tiny_model
 
-DEFAULTS = Defaults(learning_rate=0.5, num_epochs=4, min_steps=10, max_steps=100, batch_size=16)
+DEFAULTS = Defaults(learning_rate=0.5, num_epochs=4, min_steps=10, max_steps=100)
 
 
 def lora_run(base: Base, **settings: Any) -> SlotRun:
@@ -85,7 +85,7 @@ def test_rows_are_drawn_in_shuffled_epochs_whatever_the_batch_size() -> None:
     for size in (1, 2, 5):
         run = lora_run(base, num_rows=5, batch_size=size, num_steps=20)
         drawn = [item for step in range(10 // size) for item in draw_at(run, step)]
-        orders.append([run.train.index(item.example) for item in drawn])
+        orders.append([run.train.index((item.example,)) for item in drawn])
         assert [item.index for item in draw_at(run, 3)] == list(range(size))
         assert {item.slot for item in drawn} == {run.slot.number}
     assert orders[0] == orders[1] == orders[2]
@@ -131,7 +131,9 @@ def test_the_mean_loss_is_per_token_not_per_row() -> None:
     slot = base.host.attach([LoRA(rank=2)])
     rows = cases.examples(base, slot, 3, 5)
     total = sum(-float(base.score(batch).sum()) for batch in cases.pack([cases.Placed(r) for r in rows], 10_000))
-    assert mean_loss(base, slot, SFT(), rows, 50) == pytest.approx(total / sum(r.num_targets for r in rows), abs=1e-5)
+    assert mean_loss(base, slot, SFT(), [(r,) for r in rows], 50) == pytest.approx(
+        total / sum(r.num_targets for r in rows), abs=1e-5
+    )
 
 
 def test_full_training_in_bf16_keeps_fp32_copies() -> None:
@@ -239,17 +241,17 @@ def test_a_learning_rate_that_is_far_too_high_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("given", "rows", "expected"),
     [
-        ({}, 100, Resolved(0.5, 25, 16, 2, 2, 2)),
+        ({}, 100, Resolved(0.5, 50, 8, 5, 5, 5)),
         ({}, 8, Resolved(0.5, 10, 8, 1, 1, 1)),  # never more rows in a step than there are; min_steps
         ({}, 9999, Resolved(0.5, 100, 16, 10, 10, 10)),  # max_steps
         ({"num_steps": 7, "learning_rate": 0.1, "batch_size": 4}, 100, Resolved(0.1, 7, 4, 1, 1, 1)),
         ({"num_epochs": 2.5, "batch_size": 10, "warmup_ratio": 0.2}, 100, Resolved(0.5, 25, 10, 5, 2, 2)),
-        ({"num_epochs": 0.01}, 100, Resolved(0.5, 1, 16, 0, 1, 1)),
-        ({"num_steps": 50, "eval_every": 20, "checkpoint_every": 7}, 100, Resolved(0.5, 50, 16, 5, 20, 7)),
+        ({"num_epochs": 0.01}, 100, Resolved(0.5, 1, 8, 0, 1, 1)),
+        ({"num_steps": 50, "eval_every": 20, "checkpoint_every": 7}, 20_000, Resolved(0.5, 50, 32, 5, 20, 7)),
     ],
 )
 def test_what_is_not_given_is_filled_in(given: dict[str, Any], rows: int, expected: Resolved) -> None:
-    assert resolve_settings(TrainSettings(**given), DEFAULTS, rows) == expected
+    assert resolve_settings(TrainSettings(**given), DEFAULTS, rows, 1.0) == expected
 
 
 def test_rates_relative_to_the_embeddings() -> None:
@@ -261,7 +263,7 @@ def test_rates_relative_to_the_embeddings() -> None:
 
 def test_epochs_and_steps_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="both given"):
-        resolve_settings(TrainSettings(num_epochs=1, num_steps=5), DEFAULTS, 10)
+        resolve_settings(TrainSettings(num_epochs=1, num_steps=5), DEFAULTS, 10, 1.0)
 
 
 def test_defaults_by_hand() -> None:
@@ -274,3 +276,17 @@ def test_defaults_by_hand() -> None:
 
 def test_an_example_knows_its_targets() -> None:
     assert Example([1, 2, 3], [0, 1, 1]).num_targets == 2
+
+
+def test_the_sequences_of_one_row_are_drawn_together_and_share_a_group() -> None:
+    base = tiny_base()
+    slot = base.host.attach([LoRA(rank=2)])
+    rows = cases.examples(base, slot, 1, 8)
+    pairs = [(rows[2 * k], rows[2 * k + 1]) for k in range(4)]
+    run = SlotRun("pairs", slot, SFT(), pairs, [], TrainSettings(), Resolved(0.1, 2, 2, 0, 1, 1))
+    drawn = run.draw()
+    assert [item.index for item in drawn] == [0, 1, 2, 3]
+    assert [item.example.group for item in drawn] == [0, 0, 1, 1]
+    texts = [tuple(item.example.token_ids) for item in drawn]
+    whole = {(tuple(first.token_ids), tuple(second.token_ids)) for first, second in pairs}
+    assert {(texts[0], texts[1]), (texts[2], texts[3])} <= whole

@@ -83,6 +83,12 @@ def check_free(name: str, force: bool) -> Path:
     return folder
 
 
+def made_by(name: str, run: str) -> bool:
+    """Whether an artifact of that name is there and this run made it (it was killed right after saving)."""
+    path = home() / "artifacts" / name / MANIFEST
+    return path.is_file() and _read(path.parent).manifest.get("run") == run
+
+
 def save(
     name: str,
     base: Base,
@@ -96,19 +102,27 @@ def save(
     folder = check_free(name, force)
     with atomic_folder(folder, force=force) as draft:
         write_techniques(draft, techniques, slot, base)
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
+        own = {
             "name": name,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "techniques": [technique.model_dump(mode="json") for technique in techniques],
             "num_parameters": slot.num_parameters,
             "base": describe_base(base),
-            "content_hash": folder_hash(draft),
-            "versions": {p: importlib.metadata.version(p) for p in ("tailor-llm", "torch", "transformers")},
-            **facts,
         }
-        write_json(draft / MANIFEST, manifest)
+        manifest = write_manifest(draft, {**own, **facts})
     return Artifact(name, folder, manifest)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `tailor.json` of a folder whose other files are complete; returns it."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "content_hash": folder_hash(folder),
+        "versions": {p: importlib.metadata.version(p) for p in ("tailor-llm", "torch", "transformers")},
+        **facts,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
 
 
 def describe_base(base: Base) -> dict[str, str]:
@@ -139,7 +153,7 @@ def find(name_or_path: str | Path) -> Artifact:
 
 def every() -> list[Artifact]:
     """All artifacts of TAILOR_HOME, by name. A folder whose `tailor.json` is damaged raises DataError."""
-    return [_read(path.parent) for path in sorted((home() / "artifacts").glob(f"*/{MANIFEST}"))]
+    return [_read(path.parent) for path in sorted((home() / "artifacts").glob(f"[!.]*/{MANIFEST}"))]
 
 
 def _read(folder: Path) -> Artifact:

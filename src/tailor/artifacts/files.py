@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tailor.errors import ConfigError, DataError, NotFoundError
@@ -93,8 +94,9 @@ def write_model(folder: Path, base: Base, changes: Mapping[str, Tensor]) -> None
     weights = {re.sub(r"\.base\.(?=[^.]+$)", ".", name): p.detach() for name, p in base.model.named_parameters()}
     weights |= changes
     config = copy.deepcopy(base.config)  # from_config writes its attention into the config it is given
-    stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=base.dtype)
-    missing, unexpected = stock.load_state_dict(weights, strict=False)
+    with torch.device("meta"):  # no second copy of the weights: the tensors at hand are put in
+        stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=base.dtype)
+    missing, unexpected = stock.load_state_dict(weights, strict=False, assign=True)
     tied = set(getattr(stock, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied - {n for n, _ in stock.named_buffers()}:
         raise ConfigError(f"the weights do not fit the architecture: {sorted([*missing, *unexpected])[:3]}")

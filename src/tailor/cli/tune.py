@@ -85,14 +85,16 @@ def show(result: Any, as_json: bool) -> None:
             if metrics["validation_loss"] is not None:
                 line(f"validation loss: {metrics['validation_loss']:.4f}")
             line(f"time: {metrics['seconds']:.1f} s, peak memory {metrics['peak_memory'] / 2**30:.2f} GiB")
-        if parity:
+        if parity and parity["passed"] is None:
+            line(f"parity: could not be checked ({parity['error']}); try `tailor verify {artifact.name}`")
+        elif parity:
             hops = ", ".join(hop["name"] for hop in parity["hops"])
             line(f"parity: {'passed' if parity['passed'] else 'FAILED'} ({hops}); noise {parity['noise_floor']:.1e}")
 
-    for note in result.dataset.notes:
+    for note in facts.get("notes", []):
         say(f"note: {note}")
     emit({"artifact": artifact.name, "folder": str(artifact.folder), **facts}, as_json, render)
-    if parity and not parity["passed"]:
+    if parity and parity["passed"] is False:
         raise QualityError(
             f"{artifact.name} is saved, but it does not answer as it did in training",
             hint=f"tailor verify {artifact.name}",

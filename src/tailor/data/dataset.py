@@ -53,13 +53,13 @@ class Dataset:
 def load_dataset(settings: DataSettings, seed: int) -> Dataset:
     """Read and split. Raises DataError, NotFoundError. A seeded split keeps each prompt on one side."""
     reading = read(settings.train, settings)
-    notes = _skipped(reading)
+    notes = skipped_notes(reading)
     if settings.validation is None:
         parts = split(reading.records, validation_fraction=settings.validation_fraction, seed=seed)
         train, validation, digest = list(parts.train), list(parts.validation), reading.content_hash
     else:
         other = read(settings.validation, settings)
-        notes += _skipped(other)
+        notes += skipped_notes(other)
         train, validation = reading.records, other.records
         digest = f"{reading.content_hash}+{other.content_hash}"
         leaked = leakage(train, validation)
@@ -73,7 +73,8 @@ def read(path: str, settings: ReadSettings) -> Reading:
     return read_records(path, format=settings.format, columns=settings.columns, skip_bad_rows=settings.skip_bad_rows)
 
 
-def _skipped(reading: Reading) -> list[str]:
+def skipped_notes(reading: Reading) -> list[str]:
+    """What a person should know of a file that was read without its bad rows; nothing when it had none."""
     if not reading.bad_rows:
         return []
     lines = ", ".join(str(row.line) for row in reading.bad_rows[:10])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor.data.containers import Container
-from tailor.data.formats import FORMATS
+from tailor.data.formats import FORMATS, Format
 from tailor.data.rows import BadRow, BadRowsError, RowError, parse, where
 from tailor.errors import ConfigError, DataError, nearest
 
@@ -50,6 +50,7 @@ class Survey:
     """One pass over a file: how many rows, and what a sample of them looks like."""
 
     container: Container
+    formats: Mapping[str, Format] = field(default_factory=lambda: FORMATS)
     num_rows: int = 0
     unreadable: list[BadRow] = field(default_factory=list)
     sample: list[_Seen] = field(default_factory=list)
@@ -68,11 +69,11 @@ def select_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[
     return mapped | others, displaced
 
 
-def check_settings(format_name: str, columns: Mapping[str, str]) -> None:
+def check_settings(format_name: str, columns: Mapping[str, str], formats: Mapping[str, Format] = FORMATS) -> None:
     """Raise ConfigError for a format that does not exist, or a column name that no format (or not this one) has."""
-    if format_name != "auto" and format_name not in FORMATS:
-        raise ConfigError(f"there is no data format {format_name!r}; {nearest(format_name, ['auto', *FORMATS])}")
-    known = _KNOWN if format_name == "auto" else FORMATS[format_name].names()
+    if format_name != "auto" and format_name not in formats:
+        raise ConfigError(f"there is no data format {format_name!r}; {nearest(format_name, ['auto', *formats])}")
+    known = _KNOWN if format_name == "auto" else formats[format_name].names()
     for ours in columns:
         if ours not in known:
             raise ConfigError(
@@ -81,9 +82,9 @@ def check_settings(format_name: str, columns: Mapping[str, str]) -> None:
             )
 
 
-def survey(container: Container, columns: Mapping[str, str]) -> Survey:
+def survey(container: Container, columns: Mapping[str, str], formats: Mapping[str, Format] = FORMATS) -> Survey:
     """Read through the file once and sample it evenly. Raises DataError when a mapped column is nowhere."""
-    seen = Survey(container)
+    seen = Survey(container, formats)
     stride = 1
     names: set[str] = set()
     for raw in container.rows():
@@ -100,7 +101,7 @@ def survey(container: Container, columns: Mapping[str, str]) -> Survey:
             seen.unreadable.append(BadRow(raw.line, str(error)))
             continue
         names.update(map(str, row))
-        seen.sample.append(_look(raw.line, select_columns(row, columns)[0]))
+        seen.sample.append(_look(raw.line, select_columns(row, columns)[0], formats))
         if len(seen.sample) >= 2 * SAMPLED:
             # Keep every second row; memory stays the same however long the file is.
             stride *= 2
@@ -136,11 +137,11 @@ def detect(seen: Survey, format_name: str = "auto") -> Detection:
         return Detection(format_name, fits / len(seen.sample), tuple(evidence))
     counts = Counter(name for row in seen.sample for name in row.formats)
     fitting = sum(bool(row.formats) for row in seen.sample)
-    agreed = [name for name in FORMATS if counts[name] and counts[name] >= AGREED * fitting]
+    agreed = [name for name in seen.formats if counts[name] and counts[name] >= AGREED * fitting]
     if 2 * fitting < len(seen.sample):
         raise _unknown(seen, fitting)
     if len(agreed) > 1:
-        raise _ambiguous(path, [f"{name} ({FORMATS[name].about})" for name in agreed], agreed)
+        raise _ambiguous(path, [f"{name} ({seen.formats[name].about})" for name in agreed], agreed)
     if not agreed:
         raise _mixed(seen, counts)
     name = agreed[0]
@@ -151,8 +152,8 @@ def detect(seen: Survey, format_name: str = "auto") -> Detection:
     return Detection(name, counts[name] / len(seen.sample), tuple(evidence))
 
 
-def _look(line: int, row: Mapping[str, Any]) -> _Seen:
-    uses = {name: row_format.uses(row) for name, row_format in FORMATS.items() if row_format.fits(row)}
+def _look(line: int, row: Mapping[str, Any], formats: Mapping[str, Format]) -> _Seen:
+    uses = {name: row_format.uses(row) for name, row_format in formats.items() if row_format.fits(row)}
     if len(uses) > 1:
         uses.pop("text", None)
     best = frozenset(name for name, used in uses.items() if not any(used < other for other in uses.values()))
@@ -161,7 +162,7 @@ def _look(line: int, row: Mapping[str, Any]) -> _Seen:
 
 
 def _reasons(seen: Survey, name: str, count: int) -> list[str]:
-    row_format = FORMATS[name]
+    row_format = seen.formats[name]
     needed = ", ".join(f"{spec.replace('|', ' or ')}: {kind.name}" for spec, kind in row_format.required.items())
     reasons = [f"{name}: {row_format.about}", f"{count} of {len(seen.sample)} rows have {needed}"]
     others = {column: None for row in seen.sample for column in row.columns if column not in row_format.names()}
@@ -207,7 +208,7 @@ def _ambiguous(
 def _mixed(seen: Survey, counts: Counter[str]) -> DataError:
     unit, path = seen.container.unit, seen.container.path
     parts = []
-    for name in [name for name in FORMATS if counts[name]]:
+    for name in [name for name in seen.formats if counts[name]]:
         first = next(row.line for row in seen.sample if name in row.formats)
         parts.append(f"{name} {counts[name]} rows (first at {where(path, first, unit)})")
     if others := sum(not row.formats for row in seen.sample):
@@ -232,5 +233,5 @@ def _unknown(seen: Survey, fitting: int) -> DataError:
     return DataError(
         f"{path} is in no known format (columns: {listed}{some})",
         hint='name the columns: columns={"prompt": "…", "completion": "…"} (--columns prompt=… '
-        f"--columns completion=…), or use a known format: {', '.join(FORMATS)}",
+        f"--columns completion=…), or use a known format: {', '.join(seen.formats)}",
     )

@@ -9,7 +9,7 @@ from typing import Literal
 from tailor.data.records import Record, Source, conversation, last_assistant, tools_of
 from tailor.errors import DataError
 from tailor.text.messages import Message
-from tailor.text.render import Rendered, Renderer, Tools, TrainedTurns
+from tailor.text.render import Rendered, Renderer, Tools, TrainedTurns, trained_indices
 
 Truncation = Literal["error", "prompt", "drop"]
 NOWHERE = Source()
@@ -37,12 +37,17 @@ class Example:
         return sum(self.loss_mask[1:])
 
 
+Bundle = tuple[Example, ...]
+"""The sequences of one record: one, or several that a loss compares (a preference pair), drawn and packed together."""
+
+
 @dataclass(frozen=True)
 class Rendering:
     """How records become examples for one slot: renderer, rewriting by prompting, virtual tokens, limits.
 
     `truncation` says what happens to a row longer than `max_seq_len`: `error`; `prompt` drops the oldest prompt
     tokens after the first (its bos) and keeps the completion whole; `drop` leaves the row out (`example` is None).
+    With `compose` only the last assistant turn can be trained: a row with more of them needs `trained_turns: last`.
     """
 
     renderer: Renderer
@@ -75,11 +80,17 @@ class Rendering:
         return Example(rendered.token_ids, rendered.loss_mask, source=record.source)
 
     def _render(self, record: Record) -> Rendered:
-        turns = conversation(record)
+        said = turns = conversation(record)
         tools = tools_of(record)
         if self.compose:
-            answer = last_assistant(turns)
-            turns = (*self.compose(turns[:answer]), turns[answer])
+            answer = last_assistant(said)
+            turns = (*self.compose(said[:answer]), said[answer])
+            if len(trained_indices(said, self.trained_turns)) > 1:
+                raise DataError(
+                    "this row has several assistant turns to train, but a prompting technique rewrites all before the "
+                    "last one, so only that one can be trained",
+                    hint="set data.trained_turns: last (data.trained_turns=last)",
+                )
         trained: TrainedTurns = "last" if self.compose else self.trained_turns
         return self.renderer.example(turns, tools=tools, trained_turns=trained, prefix_ids=self.prefix_ids)
 

@@ -131,8 +131,8 @@ def _prompt_completion(row: Fields) -> Record:
 
 def _trl_prompt_completion(row: Fields) -> Record:
     # TRL counts all of the completion in the loss and nothing of the prompt; weights say the same here.
-    prompt = tuple(_weighted(turn, 0.0) for turn in _said(row["prompt"], user))
-    completion = tuple(_weighted(turn, 1.0) for turn in _said(row["completion"], assistant))
+    prompt = tuple(_weighted(turn, 0.0) for turn in said_turns(row["prompt"], user))
+    completion = tuple(_weighted(turn, 1.0) for turn in said_turns(row["completion"], assistant))
     turns.check_order(prompt + completion)
     return Conversation(prompt + completion, meta=_unread(row, "prompt", "completion"))
 
@@ -143,9 +143,10 @@ def _weighted(turn: Message, weight: float) -> Message:
     return Message(turn.role, turn.content, turn.name, turn.tool_calls, turn.tool_call_id, weight)
 
 
-def _openai_chat(row: Fields) -> Record:
+def openai_chat(row: Fields, *, answered: bool = True) -> Record:
+    """Chat messages; not `answered`: they may end with what is asked."""
     said = turns.messages(row["messages"])
-    turns.check_order(said)
+    turns.check_order(said, answered=answered)
     functions = [{"type": "function", "function": function} for function in row.get("functions", ())]
     return Conversation(said, _tools(row.get("tools")) + tuple(functions), meta=_unread(row, "messages"))
 
@@ -169,9 +170,10 @@ def _alpaca_prompt(row: Fields) -> turns.Messages:
     return (*said, user(f"{row['instruction']}\n{given}" if given.strip() else row["instruction"]))
 
 
-def _sharegpt(row: Fields) -> Record:
+def sharegpt(row: Fields, *, answered: bool = True) -> Record:
+    """ShareGPT's conversations; not `answered`: they may end with what is asked."""
     said = _sharegpt_turns(row)
-    turns.check_order(said)
+    turns.check_order(said, answered=answered)
     return Conversation(said, _tools(row.get("tools")))
 
 
@@ -192,10 +194,10 @@ def _openai_preference(row: Fields) -> Record:
 
 def _preference(row: Fields) -> Record:
     meta = _unread(row, "prompt", "chosen", "rejected")
-    chosen, rejected = _said(row["chosen"], assistant), _said(row["rejected"], assistant)
+    chosen, rejected = said_turns(row["chosen"], assistant), said_turns(row["rejected"], assistant)
     if "prompt" not in row:
         return _comparison(*turns.common_prefix(chosen, rejected), meta=meta, margin=row.get("margin", 1.0))
-    prompt = _said(row["prompt"], user)
+    prompt = said_turns(row["prompt"], user)
     if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         # Some files repeat the prompt at the start of both sides.
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -241,7 +243,7 @@ def _check_answer(side: str, prompt: turns.Messages, answer: turns.Messages) -> 
 
 
 def _kto(row: Fields) -> Record:
-    prompt, completion = _said(row["prompt"], user), _said(row["completion"], assistant)
+    prompt, completion = said_turns(row["prompt"], user), said_turns(row["completion"], assistant)
     _check_answer("completion", prompt, completion)
     label = str(row["label"]).lower() in ("true", "1")
     return Judged(prompt, completion, label, meta=_unread(row, "prompt", "completion"))
@@ -280,7 +282,8 @@ def _text(row: Fields) -> Record:
     return Document(row["text"])
 
 
-def _said(value: str | list[Fields], speaker: Callable[[str], Message]) -> turns.Messages:
+def said_turns(value: str | list[Fields], speaker: Callable[[str], Message]) -> turns.Messages:
+    """A field that is one text by that speaker, or a list of messages."""
     return (speaker(value),) if isinstance(value, str) else turns.messages(value)
 
 
@@ -329,7 +332,7 @@ FORMATS: dict[str, Format] = {
     "openai_chat": Format(
         "chat messages (OpenAI)",
         {"messages|conversations": MESSAGES},
-        _openai_chat,
+        openai_chat,
         {"tools": ANY, "functions": _LIST},
     ),
     "alpaca": Format(
@@ -341,7 +344,7 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(
         "conversations with from and value (ShareGPT)",
         {"conversations|messages": TURNS},
-        _sharegpt,
+        sharegpt,
         {"system": TEXT, "tools": ANY},
     ),
     "preference": Format(

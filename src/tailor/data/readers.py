@@ -40,10 +40,22 @@ def read_records(
     Bad rows raise BadRowsError, which has them all in `bad_rows`; with `skip_bad_rows` they are left out and listed
     in the Reading. Raises NotFoundError, DataError (also when no row is usable), ConfigError for unknown names.
     """
-    container, detection = _open(path, format, columns or {})
+    return read_rows(path, FORMATS, format=format, columns=columns, skip_bad_rows=skip_bad_rows)
+
+
+def read_rows(
+    path: str | PathLike[str],
+    formats: Mapping[str, Format],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+) -> Reading:
+    """`read_records` for another set of formats."""
+    container, detection = _open(path, format, columns or {}, formats)
     records: list[Record] = []
     bad_rows: list[BadRow] = []
-    for row in _convert(container, FORMATS[detection.format], columns or {}):
+    for row in _convert(container, formats[detection.format], columns or {}):
         if isinstance(row, BadRow):
             bad_rows.append(row)
         else:
@@ -83,10 +95,12 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(path: str | PathLike[str], format: str, columns: Mapping[str, str]) -> tuple[Container, Detection]:
-    check_settings(format, columns)
+def _open(
+    path: str | PathLike[str], format: str, columns: Mapping[str, str], formats: Mapping[str, Format] = FORMATS
+) -> tuple[Container, Detection]:
+    check_settings(format, columns, formats)
     container = open_container(Path(path))
-    return container, detect(survey(container, columns), format)
+    return container, detect(survey(container, columns, formats), format)
 
 
 def _convert(container: Container, row_format: Format, columns: Mapping[str, str]) -> Iterator[Record | BadRow]:

@@ -13,6 +13,8 @@ from tailor.text.messages import ROLES, Message, assistant, system, user
 
 Messages = tuple[Message, ...]
 
+INSTRUCTIONS = ("system", "developer")
+
 TAGS = {
     "human": "user",
     "user": "user",
@@ -81,29 +83,33 @@ def common_prefix(chosen: Messages, rejected: Messages) -> tuple[Messages, Messa
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def check_order(turns: Messages) -> None:
+def check_order(turns: Messages, *, answered: bool = True) -> None:
     """Raise RowError unless the turns make a conversation that a model can learn from.
 
     System turns come first, a user speaks before the assistant, tools answer calls, assistants do not follow
-    each other, nothing said is empty, and there is an assistant turn.
+    each other, nothing said is empty, and there is an assistant turn. Turns that are not `answered` need none, but
+    then they end with what is to be answered.
     """
-    if not any(turn.role == "assistant" for turn in turns):
+    if answered and not any(turn.role == "assistant" for turn in turns):
         raise RowError("there is no assistant turn, so there is nothing to learn")
     previous = ""
     for index, turn in enumerate(turns, start=1):
         if problem := _misplaced(turn, previous, turns[: index - 1]):
             raise RowError(f"turn {index} ({turn.role}) {problem}")
         previous = turn.role
+    if not answered:
+        if previous in INSTRUCTIONS:
+            raise RowError("there are only system turns, so there is nothing to answer")
+        return
     trained = [turn for turn in turns if turn.role == "assistant" and turn.weight != 0]
     if not trained:
         raise RowError("every assistant turn has weight 0, so there is nothing to learn")
 
 
 def _misplaced(turn: Message, previous: str, before: Messages) -> str:
-    instructions = ("system", "developer")
     if turn.role in ("user", "assistant") and not turn.content.strip() and not turn.tool_calls:
         return "is empty"
-    if turn.role in instructions and previous not in ("", *instructions):
+    if turn.role in INSTRUCTIONS and previous not in ("", *INSTRUCTIONS):
         return f"comes after turn {len(before)} ({previous}): system turns come first"
     if turn.role == "assistant":
         if not any(earlier.role == "user" for earlier in before):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor.artifacts.artifact import Artifact, attach, find
-from tailor.errors import ConfigError, NotFoundError
+from tailor.errors import ConfigError, ConflictError, NotFoundError
 from tailor.inference.backend import Completion, Request, SamplingParams
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, load_base
@@ -53,6 +53,14 @@ def load(name: str | Path, base: str | Base | None = None, *, device: str = "aut
     if artifact is None:
         loaded = load_base(name, device, dtype)
         return Customized(loaded, LocalBackend(loaded))
+    if artifact.is_base:
+        if base is not None:
+            raise ConflictError(
+                f"artifact {artifact.name!r} is a model of its own ({artifact.kind}): no other base goes under it",
+                hint="load it without a base",
+            )
+        loaded = load_base(artifact.folder, device, dtype if dtype != "auto" else _trained_dtype(artifact))
+        return Customized(loaded, LocalBackend(loaded), artifact)
     if isinstance(base, Base):
         loaded = base
     else:
@@ -60,8 +68,6 @@ def load(name: str | Path, base: str | Base | None = None, *, device: str = "aut
         if not where:
             raise ConfigError(f"{artifact.folder} does not say which base it is for", hint="name it with --base")
         loaded = load_base(where, device, dtype if dtype != "auto" else _trained_dtype(artifact))
-    if artifact.is_base:
-        return Customized(loaded, LocalBackend(loaded), artifact)
     slot = attach(loaded, artifact)
     return Customized(loaded, LocalBackend(loaded, {artifact.name: slot}), artifact, slot)
 

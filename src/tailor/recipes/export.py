@@ -3,43 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tailor.artifacts import artifact as artifacts
-from tailor.artifacts.artifact import MANIFEST, Artifact
+from tailor.artifacts.artifact import Artifact
 from tailor.errors import ConflictError
 from tailor.evaluation.parity import Parity
 from tailor.inference.load import Customized, load
-from tailor.recipes.verify import held_out, verify_folder
-from tailor.store import atomic_folder, write_json
+from tailor.recipes.verify import rows_for, verify_folder
+from tailor.store import atomic_folder
 
 Format = Literal["hf", "peft"]
 
 
-def merge(name: str, to: str, *, force: bool = False) -> tuple[Artifact, Parity]:
+@dataclass(frozen=True)
+class Target:
+    """Where an export goes, and the rows it is compared on: those of `data`, or those that the run held out."""
+
+    folder: Path
+    format: Format
+    data: str | None = None
+    force: bool = False
+
+
+def merge(
+    name: str, to: str, *, base: str | None = None, data: str | None = None, force: bool = False
+) -> tuple[Artifact, Parity]:
     """Save `name` folded into its base as the new artifact `to`, a model of its own.
 
     Raises ConfigError for techniques that cannot merge, QualityError (keeping nothing) when the merged model answers
     differently.
     """
-    target = artifacts.check_free(to, force)
-    customized = load(name)
-    artifact = _mergeable(customized, name)
-    facts = {**artifact.manifest, "name": to, "parent": artifact.name, "merged": artifact.kind}
-    facts["techniques"] = [{"type": "full"}]
-    parity = _write(customized, artifact, target, "hf", force, facts)
+    customized = load(name, base)
+    artifact = _exportable(customized, name)
+    facts = {
+        **{
+            key: artifact.manifest[key] for key in ("recipe", "objective", "data", "labels") if key in artifact.manifest
+        },
+        "name": to,
+        "parent": artifact.name,
+        "merged": artifact.kind,
+        "techniques": [{"type": "full"}],
+        "num_parameters": customized.base.num_parameters,
+        "base": dict(artifact.manifest["base"]),
+    }
+    target = Target(artifacts.check_free(to, force), "hf", data, force)
+    parity = _write(customized, artifact, target, facts)
     return artifacts.find(to), parity
 
 
-def export(name: str, folder: Path, format: Format, *, force: bool = False) -> Parity:
+def export(
+    name: str, folder: Path, format: Format, *, base: str | None = None, data: str | None = None, force: bool = False
+) -> Parity:
     """Write `name` into `folder` for other tools. Raises ConfigError, ConflictError, QualityError as `merge` does."""
-    customized = load(name)
-    artifact = _mergeable(customized, name)
-    return _write(customized, artifact, folder, format, force, None)
+    customized = load(name, base)
+    return _write(customized, _exportable(customized, name), Target(folder, format, data, force), None)
 
 
-def _mergeable(customized: Customized, name: str) -> Artifact:
+def _exportable(customized: Customized, name: str) -> Artifact:
     if customized.artifact is None:
         raise ConflictError(f"{name!r} is a base, not an artifact: there is nothing to export")
     if customized.slot is None:
@@ -48,23 +71,17 @@ def _mergeable(customized: Customized, name: str) -> Artifact:
     return customized.artifact
 
 
-def _write(
-    customized: Customized,
-    artifact: Artifact,
-    folder: Path,
-    format: Format,
-    force: bool,
-    manifest: Mapping[str, Any] | None,
-) -> Parity:
+def _write(customized: Customized, artifact: Artifact, target: Target, facts: Mapping[str, Any] | None) -> Parity:
     """The folder appears only after what is in it has been loaded and compared."""
     assert customized.slot is not None
-    with atomic_folder(folder, force=force) as draft:
-        if format == "hf":
+    rows = rows_for(artifact, target.data)
+    with atomic_folder(target.folder, force=target.force) as draft:
+        if target.format == "hf":
             artifacts.write_merged(customized.base, customized.slot, artifact.techniques, draft)
         else:
             artifacts.copy_peft(artifact, draft)
-        parity = verify_folder(customized, draft, format, held_out(artifact))
+        parity = verify_folder(customized, draft, target.format, rows)
         parity.check()
-        if manifest is not None:
-            write_json(draft / MANIFEST, {**manifest, "parity": parity.to_dict()})
+        if facts is not None:
+            artifacts.write_manifest(draft, {**facts, "parity": parity.to_dict()})
     return parity

@@ -9,20 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tailor.artifacts import artifact as artifacts
 from tailor.artifacts.artifact import Artifact
 from tailor.config import Strict, dump_yaml, load_recipe
 from tailor.data.dataset import Dataset, DataSettings, load_dataset
-from tailor.data.examples import Example, Rendering
+from tailor.data.examples import Bundle, Rendering
 from tailor.data.records import Record, completion_of
-from tailor.errors import ConfigError, ConflictError, DataError, InterruptedRunError, TerminatedRunError
+from tailor.errors import (
+    ConfigError,
+    ConflictError,
+    DataError,
+    InterruptedRunError,
+    TailorError,
+    TerminatedRunError,
+    nearest,
+)
+from tailor.evaluation.parity import MAX_TWIN_PARAMETERS
 from tailor.models.base import Base, load_base
 from tailor.models.slots import Slot
 from tailor.objectives import OBJECTIVES
 from tailor.objectives.objective import Objective
-from tailor.recipes.verify import verify_artifact
+from tailor.recipes.verify import rendering_for, verify_artifact
 from tailor.runs import Run
 from tailor.techniques import Technique, TechniqueList
 from tailor.techniques.technique import Defaults
@@ -62,6 +71,13 @@ class TuneRecipe(Strict):
     train: TrainSettings = TrainSettings()
     output: OutputSettings
 
+    @field_validator("technique")
+    @classmethod
+    def _full_runs_alone(cls, techniques: tuple[Technique, ...]) -> tuple[Technique, ...]:
+        if len(techniques) > 1 and (owners := [t.type for t in techniques if not t.traits.frozen_base]):
+            raise ValueError(f"{owners[0]} changes the base itself and cannot be combined with others")
+        return techniques
+
 
 @dataclass(frozen=True)
 class TuneResult:
@@ -86,23 +102,40 @@ class _Prepared:
     slot: Slot
     rendering: Rendering
     objective: Objective
-    train: list[Example]
-    validation: list[Example]
+    train: list[Bundle]
+    validation: list[Bundle]
+    notes: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to come to the same numbers."""
+        return {
+            "data_hash": self.dataset.content_hash,
+            "base_fingerprint": self.base.fingerprint,
+            "device": self.base.device.type,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+        }
 
 
-def tune(recipe: TuneRecipe | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> TuneResult:
-    """Tune a base on rows and save the artifact. `recipe` is a TuneRecipe or the path of one.
+def tune(
+    recipe: TuneRecipe | str | Path, overrides: Sequence[str] = (), *, base: Base | None = None, quiet: bool = False
+) -> TuneResult:
+    """Tune a base on rows and save the artifact. `recipe` is a TuneRecipe or the path of one (with `overrides`).
 
-    Raises the errors of its steps (ConfigError, DataError, ConflictError, …); an interrupted run raises
-    InterruptedRunError after saving its checkpoint, and `resume` goes on from there.
+    `base` is one that is loaded already; else the recipe's is loaded. Raises the errors of its steps (ConfigError,
+    DataError, ConflictError, …); an interrupted run raises InterruptedRunError after saving its checkpoint, and
+    `resume` goes on from there.
     """
     if not isinstance(recipe, TuneRecipe):
         recipe = load_recipe(recipe, TuneRecipe, overrides).recipe
+    elif overrides:
+        raise ConfigError("overrides go with the path of a recipe; change a TuneRecipe with model_copy(update=…)")
     artifacts.check_free(recipe.output.name, recipe.output.force)
-    prepared = _prepare(recipe)
+    recipe = _absolute(recipe)
+    prepared = _prepare(recipe, base)
     if not prepared.slot.parameters:
-        return _save(prepared, None, None, 0.0)
-    manifest = {"data_hash": prepared.dataset.content_hash, "num_threads": torch.get_num_threads()}
+        return _save(prepared, None, None)
+    manifest = {**prepared.facts, "num_threads": torch.get_num_threads()}
     run = Run.create(recipe.output.name, dump_yaml(recipe.model_dump(mode="json")), manifest)
     return _train(prepared, run, quiet=quiet)
 
@@ -110,7 +143,8 @@ def tune(recipe: TuneRecipe | str | Path, overrides: Sequence[str] = (), *, quie
 def resume(name_or_path: str | Path, *, quiet: bool = False) -> TuneResult:
     """Go on with an interrupted or killed run, to the losses it would have had.
 
-    Raises NotFoundError, ConflictError when it is finished, in use, or its data file has changed.
+    Raises NotFoundError, ConflictError when it is finished, in use, or when its data, base, device or precision are
+    not those it began with.
     """
     run = Run.open(name_or_path)
     manifest = run.manifest
@@ -118,18 +152,27 @@ def resume(name_or_path: str | Path, *, quiet: bool = False) -> TuneResult:
         raise ConflictError(f"run {run.name} is finished already", hint=f"its artifact is {manifest.get('artifact')!r}")
     recipe = load_recipe(run.folder / "recipe.yaml", TuneRecipe).recipe
     torch.set_num_threads(int(manifest["num_threads"]))  # sums are rounded by how they are cut up
-    prepared = _prepare(recipe)
-    if prepared.dataset.content_hash != manifest["data_hash"]:
+    prepared = _prepare(recipe, None)
+    changed = [key for key, value in prepared.facts.items() if manifest.get(key) != value]
+    if changed:
+        was = ", ".join(f"{key} was {manifest.get(key)}, is {prepared.facts[key]}" for key in changed)
         raise ConflictError(
-            f"the data of run {run.name} has changed since it began",
-            hint="restore the file, or start anew with `tailor tune`",
+            f"run {run.name} cannot be resumed: something has changed since it began ({was})",
+            hint="restore it, or start anew with `tailor tune`",
         )
     return _train(prepared, run, quiet=quiet)
 
 
-def _prepare(recipe: TuneRecipe) -> _Prepared:
+def _absolute(recipe: TuneRecipe) -> TuneRecipe:
+    """The recipe with absolute data paths, so that it can be resumed and verified from any folder."""
+    paths = {"train": recipe.data.train, "validation": recipe.data.validation}
+    found = {key: str(Path(path).expanduser().absolute()) for key, path in paths.items() if path is not None}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)})
+
+
+def _prepare(recipe: TuneRecipe, base: Base | None) -> _Prepared:
     if recipe.objective not in OBJECTIVES:
-        raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=f"choices: {', '.join(OBJECTIVES)}")
+        raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=nearest(recipe.objective, OBJECTIVES))
     objective = OBJECTIVES[recipe.objective]()
     dataset = load_dataset(recipe.data, recipe.train.seed)
     for record in (*dataset.train[:1], *dataset.validation[:1]):
@@ -138,25 +181,38 @@ def _prepare(recipe: TuneRecipe) -> _Prepared:
             raise DataError(
                 f"{record.source}: a {type(record).__name__}, but objective {objective.type} wants {wanted}"
             )
-    base = load_base(recipe.base.name, recipe.base.device, recipe.base.dtype)
+    base = base or load_base(recipe.base.name, recipe.base.device, recipe.base.dtype)
     techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
     slot = base.host.attach(techniques, seed=recipe.train.seed)
-    max_seq_len = recipe.data.max_seq_len or base.max_seq_len
-    if max_seq_len > base.max_seq_len:
-        raise ConfigError(f"data.max_seq_len {max_seq_len} is beyond the base's context of {base.max_seq_len}")
-    rendering = Rendering(
-        base.renderer, max_seq_len, slot.virtual_ids, slot.compose, recipe.data.trained_turns, recipe.data.truncation
-    )
-    train = _examples(dataset.train, objective, rendering) if slot.parameters else []
-    validation = _examples(dataset.validation, objective, rendering) if slot.parameters else []
-    return _Prepared(recipe, base, dataset, techniques, slot, rendering, objective, train, validation)
+    rendering = rendering_for(recipe.data, base, slot)
+    train, dropped = _bundles(dataset.train, objective, rendering)
+    validation, dropped_too = _bundles(dataset.validation, objective, rendering)
+    notes = (*dataset.notes, *_dropped_note([*dropped, *dropped_too], rendering))
+    return _Prepared(recipe, base, dataset, techniques, slot, rendering, objective, train, validation, notes)
 
 
-def _examples(records: Sequence[Record], objective: Objective, rendering: Rendering) -> list[Example]:
-    examples = [example for record in records for example in objective.examples(record, rendering)]
-    if not examples:
+def _bundles(
+    records: Sequence[Record], objective: Objective, rendering: Rendering
+) -> tuple[list[Bundle], list[Record]]:
+    """The sequences of every record, and the records that `truncation: drop` left out."""
+    bundles: list[Bundle] = []
+    dropped: list[Record] = []
+    for record in records:
+        bundle = tuple(objective.examples(record, rendering))
+        if bundle:
+            bundles.append(bundle)
+        else:
+            dropped.append(record)
+    if not bundles:
         raise DataError(f"none of the {len(records)} rows fits into {rendering.max_seq_len} tokens")
-    return examples
+    return bundles, dropped
+
+
+def _dropped_note(dropped: Sequence[Record], rendering: Rendering) -> list[str]:
+    if not dropped:
+        return []
+    some = ", ".join(str(record.source) for record in dropped[:10]) + (", …" if len(dropped) > 10 else "")
+    return [f"{len(dropped)} rows are longer than {rendering.max_seq_len} tokens and were dropped ({some})"]
 
 
 def _resolved(prepared: _Prepared) -> Resolved:
@@ -185,13 +241,12 @@ def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
         try:
             _loop(prepared, run, slot_run, request, quiet=quiet)
             finish(slot_run)
+            result = _save(prepared, run, slot_run)
         except InterruptedRunError:
             raise
         except BaseException:
             run.set_status("failed")
             raise
-        seconds = sum(float(line.get("seconds", 0.0)) for line in run.metrics())
-        result = _save(prepared, run, slot_run, seconds)
         run.set_status("finished", artifact=result.artifact.name, best_step=slot_run.best_step)
     return result
 
@@ -216,7 +271,7 @@ def _loop(prepared: _Prepared, run: Run, slot_run: SlotRun, request: StopRequest
                 raise kind(
                     f"stopped at step {slot_run.step}; the checkpoint is saved", hint=f"tailor resume {run.name}"
                 )
-            if slot_run.active and slot_run.step % slot_run.resolved.checkpoint_every == 0:
+            if trainer.done or slot_run.step % slot_run.resolved.checkpoint_every == 0:
                 save_checkpoint(run.folder, [slot_run])
 
 
@@ -241,19 +296,22 @@ def _log(run: Run, report: StepReport, slot_run: SlotRun) -> None:
     run.log(report.step, **values)
 
 
-def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None, seconds: float) -> TuneResult:
+def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None) -> TuneResult:
     recipe = prepared.recipe
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "objective": recipe.objective,
         "data": {
             "content_hash": prepared.dataset.content_hash,
-            "num_train": len(prepared.dataset.train),
-            "num_validation": len(prepared.dataset.validation),
+            "num_train": len(prepared.train),
+            "num_validation": len(prepared.validation),
         },
         "labels": _labels(prepared.dataset.train),
+        "notes": list(prepared.notes),
     }
+    seconds = 0.0
     if slot_run is not None and run is not None:
+        seconds = sum(float(line.get("seconds", 0.0)) for line in run.metrics())
         facts["run"] = run.name
         facts["metrics"] = {
             "validation_loss": slot_run.best_loss if slot_run.best_state else None,
@@ -264,10 +322,20 @@ def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None, second
             "seconds": round(seconds, 2),
             "peak_memory": peak_memory(),
         }
-    artifact = artifacts.save(
-        recipe.output.name, prepared.base, prepared.slot, prepared.techniques, facts, force=recipe.output.force
-    )
+    force = recipe.output.force or (run is not None and artifacts.made_by(recipe.output.name, run.name))
+    artifact = artifacts.save(recipe.output.name, prepared.base, prepared.slot, prepared.techniques, facts, force=force)
     if recipe.output.verify:
-        parity = verify_artifact(artifact, prepared.base, prepared.slot, prepared.dataset.validation)
-        artifact = artifacts.update_manifest(artifact, parity=parity.to_dict())
+        artifact = artifacts.update_manifest(artifact, parity=_parity(artifact, prepared))
     return TuneResult(artifact, run, prepared.dataset, prepared.base, prepared.slot, seconds)
+
+
+def _parity(artifact: Artifact, prepared: _Prepared) -> dict[str, Any]:
+    """The parity record. When the check itself cannot run (memory, disk), the artifact stays and the record says so."""
+    copies = prepared.base.num_parameters < MAX_TWIN_PARAMETERS
+    try:
+        parity = verify_artifact(
+            artifact, prepared.base, prepared.slot, prepared.rendering, prepared.dataset.validation, copies=copies
+        )
+    except (TailorError, RuntimeError, MemoryError, OSError) as error:
+        return {"passed": None, "hops": [], "noise_floor": None, "error": f"{type(error).__name__}: {error}"}
+    return parity.to_dict()

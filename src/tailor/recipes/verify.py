@@ -15,42 +15,65 @@ from tailor.data.dataset import DataSettings, load_dataset
 from tailor.data.examples import Example, Rendering, make_examples
 from tailor.data.readers import read_records
 from tailor.data.records import Record
-from tailor.errors import ConfigError
+from tailor.errors import ConfigError, ConflictError, NotFoundError
 from tailor.evaluation.likelihood import packed_logprobs
 from tailor.evaluation.parity import Parity, Scorer, stock_logprobs
 from tailor.evaluation.parity import verify as compare_hops
 from tailor.inference.load import Customized, load
 from tailor.models.base import Base, load_base
 from tailor.models.slots import Slot
+from tailor.runs import home
 
 NUM_ROWS = 8
+GIVE_ROWS = "give rows it has not seen with --data FILE"
 
 
 def verify(
-    name: str | Path, *, data: str | None = None, num_rows: int = NUM_ROWS, device: str = "auto", dtype: str = "auto"
+    name: str | Path,
+    *,
+    data: str | None = None,
+    base: str | Base | None = None,
+    num_rows: int = NUM_ROWS,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Parity:
     """Compare every hop of an artifact on the rows of `data`, or on the rows its run held out.
 
-    Raises NotFoundError, DataError when the rows are gone, ConfigError when the artifact has none.
+    Raises NotFoundError, DataError, and ConflictError when the rows are gone or have changed.
     """
     artifact = find(name)
-    customized = load(name, device=device, dtype=dtype)
-    records = read_records(data).records if data is not None else held_out(artifact)
-    return verify_artifact(artifact, customized.base, customized.slot, records, num_rows=num_rows)
+    customized = load(name, base, device=device, dtype=dtype)
+    records = rows_for(artifact, data)
+    rendering = rendering_for(data_settings(artifact), customized.base, customized.slot)
+    return verify_artifact(artifact, customized.base, customized.slot, rendering, records, num_rows=num_rows)
 
 
 def verify_artifact(
-    artifact: Artifact, base: Base, slot: Slot | None, records: Sequence[Record], *, num_rows: int = NUM_ROWS
+    artifact: Artifact,
+    base: Base,
+    slot: Slot | None,
+    rendering: Rendering,
+    records: Sequence[Record],
+    *,
+    copies: bool = True,
+    num_rows: int = NUM_ROWS,
 ) -> Parity:
-    """The hops of an artifact against the slot it was saved from (or reloaded into)."""
-    hops: dict[str, Scorer] = {"reloaded artifact": partial(_reloaded, artifact, base)}
-    with tempfile.TemporaryDirectory() as folder:
-        if slot is not None and not slot.owns_base:
+    """The hops of an artifact against the slot it was saved from (or reloaded into).
+
+    Without `copies` no second model is loaded: the artifact is reloaded beside the slot on the same base, and merged
+    weights and PEFT export are left to `tailor verify`, which has the memory to itself.
+    """
+    hops: dict[str, Scorer] = {"reloaded artifact": partial(_reloaded, artifact, base, copies)}
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home(), prefix=".verify-") as folder:  # a merged model may be too big for /tmp
+        if slot is not None and not slot.owns_base and copies:
             if all(technique.traits.merges for technique in artifact.techniques):
                 hops["merged weights"] = partial(_merged, artifact, base, slot, Path(folder) / "merged")
             if _has_peft(artifact):
                 hops["PEFT export"] = partial(_peft, base, artifact.folder)
-        return compare_hops(base, slot, _examples(base, slot, records), hops=hops, num_rows=num_rows)
+        elif slot is not None and slot.owns_base and not copies:
+            hops = {}
+        return compare_hops(base, slot, _examples(rendering, records), hops=hops, num_rows=num_rows)
 
 
 def verify_folder(
@@ -58,33 +81,63 @@ def verify_folder(
 ) -> Parity:
     """An exported folder, loaded as anybody would, against the artifact it was made from."""
     base, slot = customized.base, customized.slot
+    assert customized.artifact is not None
+    rendering = rendering_for(data_settings(customized.artifact), base, slot)
     if format == "hf":
         hops: dict[str, Scorer] = {"merged weights": partial(_stock, folder, base)}
     elif importlib.util.find_spec("peft") is not None:
         hops = {"PEFT export": partial(_peft, base, folder)}
     else:
         hops = {"PEFT export (read back by tailor; peft is not installed)": partial(_read_back, base, folder)}
-    return compare_hops(base, slot, _examples(base, slot, records), hops=hops, num_rows=NUM_ROWS)
+    return compare_hops(base, slot, _examples(rendering, records), hops=hops, num_rows=NUM_ROWS)
 
 
-def held_out(artifact: Artifact) -> list[Record]:
-    """The validation rows of the run that made the artifact. Raises ConfigError when it names no data."""
+def rows_for(artifact: Artifact, data: str | None = None) -> list[Record]:
+    """The rows of `data`, or those that the artifact's run held out.
+
+    Raises ConflictError when the run's file is gone or has changed (a new split could hand out trained rows).
+    """
+    if data is not None:
+        return read_records(data).records
+    settings = data_settings(artifact)
+    if settings is None:
+        raise ConflictError(f"{artifact.name} does not say which rows were held out", hint="give some with --data FILE")
+    try:
+        dataset = load_dataset(settings, artifact.manifest["recipe"]["train"]["seed"])
+    except NotFoundError as error:
+        raise ConflictError(
+            f"the rows that {artifact.name} was tuned on are gone: {error.message}", hint=GIVE_ROWS
+        ) from error
+    if dataset.content_hash != artifact.manifest["data"]["content_hash"]:
+        raise ConflictError(f"the rows that {artifact.name} was tuned on have changed since", hint=GIVE_ROWS)
+    return dataset.validation
+
+
+def data_settings(artifact: Artifact) -> DataSettings | None:
+    """The `data` block of the run that made the artifact; None for an adapter from elsewhere."""
     recipe: Mapping[str, Any] | None = artifact.manifest.get("recipe")
-    if recipe is None:
-        raise ConfigError(
-            f"{artifact.name} does not say which rows its run held out", hint="give some with --data FILE"
-        )
-    return load_dataset(DataSettings(**recipe["data"]), recipe["train"]["seed"]).validation
+    return None if recipe is None else DataSettings(**recipe["data"])
 
 
-def _examples(base: Base, slot: Slot | None, records: Sequence[Record]) -> list[Example]:
-    rendering = Rendering(
+def rendering_for(settings: DataSettings | None, base: Base, slot: Slot | None) -> Rendering:
+    """How a run with these settings renders its rows for a slot.
+
+    Raises ConfigError when `max_seq_len` is beyond the base's context.
+    """
+    wanted = settings.max_seq_len if settings is not None else None
+    if wanted is not None and wanted > base.max_seq_len:
+        raise ConfigError(f"data.max_seq_len {wanted} is beyond the base's context of {base.max_seq_len}")
+    return Rendering(
         base.renderer,
-        base.max_seq_len,
-        slot.virtual_ids if slot else (),
-        slot.compose if slot else None,
-        truncation="drop",
+        wanted or base.max_seq_len,
+        slot.virtual_ids if slot is not None else (),
+        slot.compose if slot is not None else None,
+        settings.trained_turns if settings is not None else "all",
+        settings.truncation if settings is not None else "drop",
     )
+
+
+def _examples(rendering: Rendering, records: Sequence[Record]) -> list[Example]:
     return make_examples(records, rendering)[0]
 
 
@@ -93,8 +146,10 @@ def _has_peft(artifact: Artifact) -> bool:
     return single and importlib.util.find_spec("peft") is not None
 
 
-def _reloaded(artifact: Artifact, base: Base, examples: Sequence[Example]) -> Any:
+def _reloaded(artifact: Artifact, base: Base, copies: bool, examples: Sequence[Example]) -> Any:
     """A fresh base from disk with the saved artifact attached."""
+    if not copies:
+        return _read_back(base, artifact.folder, examples)
     fresh = load_base(artifact.base_name, str(base.device), str(base.dtype).removeprefix("torch."))
     return packed_logprobs(fresh, None if artifact.is_base else attach(fresh, artifact), examples)
 

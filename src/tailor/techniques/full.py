@@ -27,7 +27,7 @@ class Full(Technique):
         mixes=False,
         peft=False,
         rows=(200, 2000),
-        defaults=Defaults(learning_rate=5e-4, num_epochs=5, min_steps=60, max_steps=5000),
+        defaults=Defaults(learning_rate=5e-4, num_epochs=4, min_steps=80, max_steps=2000),
     )
 
     def attach(self, slot: Slot) -> None:

@@ -64,7 +64,7 @@ class LoRA(Technique):
         mixes=True,
         peft=True,
         rows=(50, 200),
-        defaults=Defaults(learning_rate=3e-3, num_epochs=6, min_steps=60, max_steps=2000),
+        defaults=Defaults(learning_rate=3e-3, num_epochs=5, min_steps=80, max_steps=2000),
     )
 
     peft_types: ClassVar[tuple[str, ...]] = ("LORA",)

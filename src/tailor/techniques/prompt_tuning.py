@@ -41,7 +41,7 @@ class PromptTuning(Technique):
         mixes=True,
         peft=True,
         rows=(50, 300),
-        defaults=Defaults(learning_rate=3.0, num_epochs=12, min_steps=100, max_steps=3000, per_embedding_rms=True),
+        defaults=Defaults(learning_rate=3.0, num_epochs=8, min_steps=160, max_steps=3000, per_embedding_rms=True),
     )
 
     peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")

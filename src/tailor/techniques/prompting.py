@@ -45,7 +45,7 @@ class Prompting(Technique):
     )
     reasoning: bool = Field(False, description="ask for chain of thought and read the final answer out of it")
     answer_pattern: str | None = Field(None, description="regular expression whose first group is the answer")
-    examples: tuple[Shot, ...] = Field((), description="the shots (or, for nearest, the pool); filled from the data")
+    examples: tuple[Shot, ...] = Field((), description="the shots and a spare (or, for nearest, the pool); filled from the data")
 
     traits: ClassVar[Traits] = Traits(
         trains="nothing",
@@ -81,16 +81,20 @@ class Prompting(Technique):
         return self
 
     def prepare(self, records: Sequence[Record], seed: int) -> Self:
-        """Take the shots from the training rows. Raises ConfigError when there are fewer rows than shots."""
+        """Take the shots from the training rows, and a spare for the row that is a shot itself.
+
+        Raises ConfigError when there are fewer rows than shots.
+        """
         if self.examples or self.shots == 0:
             return self
         usable = [r for r in records if isinstance(r, PromptCompletion | Conversation)]
         if len(usable) < self.shots:
             raise ConfigError(f"{self.shots} shots are asked for, but there are {len(usable)} rows to take them from")
+        kept = min(self.shots + 1, len(usable))
         if self.selection == "fixed":
-            usable = usable[: self.shots]
+            usable = usable[:kept]
         elif self.selection == "random":
-            usable = random.Random(seed).sample(usable, self.shots)
+            usable = random.Random(seed).sample(usable, kept)
         return self.model_copy(update={"examples": tuple(_shot(record) for record in usable)})
 
     def attach(self, slot: Slot) -> None:
@@ -126,12 +130,14 @@ class Prompting(Technique):
         return f"{text}\n{STEP_BY_STEP}" if self.reasoning else text
 
     def _chosen(self, query: str) -> Sequence[Shot]:
-        if self.selection != "nearest" or not self.shots:
-            return self.examples[: self.shots]
-        # a prompt never gets its own row as a shot, and the nearest stands last, right before the question
+        if not self.shots:
+            return ()
+        # a prompt never gets its own row as a shot: training would learn to copy the answer out of the prompt
+        if self.selection != "nearest":
+            return [shot for shot in self.examples if shot.prompt != query][: self.shots]
         ranked = self._index.top(query, self.shots + 1)
         others = [self.examples[k] for k in ranked if self.examples[k].prompt != query]
-        return others[: self.shots][::-1]
+        return others[: self.shots][::-1]  # the nearest stands last, right before the question
 
     @cached_property
     def _index(self) -> BM25:

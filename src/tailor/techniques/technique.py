@@ -33,8 +33,11 @@ class Defaults:
     num_epochs: float
     min_steps: int
     max_steps: int
-    batch_size: int = 16
     per_embedding_rms: bool = False
+
+    def batch_size(self, num_rows: int) -> int:
+        """Few rows want small batches (more updates from the same tokens), many rows want speed."""
+        return 8 if num_rows < 1_000 else 16 if num_rows < 20_000 else 32
 
     def num_steps(self, num_rows: int, batch_size: int) -> int:
         """Optimizer steps for `num_rows` rows."""

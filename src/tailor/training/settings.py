@@ -50,16 +50,14 @@ class Resolved:
     checkpoint_every: int
 
 
-def resolve_settings(
-    settings: TrainSettings, defaults: Defaults, num_rows: int, embedding_rms: float = 1.0
-) -> Resolved:
+def resolve_settings(settings: TrainSettings, defaults: Defaults, num_rows: int, embedding_rms: float) -> Resolved:
     """Fill in what the recipe left open; `embedding_rms` is the unit of rates that are relative to the embeddings.
 
     Raises ConfigError when num_epochs and num_steps are both given.
     """
     if settings.num_epochs is not None and settings.num_steps is not None:
         raise ConfigError("train.num_epochs and train.num_steps are both given: one would have no effect")
-    batch_size = min(settings.batch_size or defaults.batch_size, num_rows)
+    batch_size = min(settings.batch_size or defaults.batch_size(num_rows), num_rows)
     if settings.num_steps is not None:
         num_steps = settings.num_steps
     elif settings.num_epochs is not None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tailor.data.examples import Example
+from tailor.data.examples import Bundle
 from tailor.data.packing import Placed, pack
 from tailor.errors import TailorError
 from tailor.models.base import Base
@@ -33,8 +33,8 @@ class SlotRun:
     name: str
     slot: Slot
     objective: Objective
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: Sequence[Bundle]
+    validation: Sequence[Bundle]
     settings: TrainSettings
     resolved: Resolved
     step: int = 0
@@ -55,11 +55,11 @@ class SlotRun:
         return self.stopped is None and self.step < self.resolved.num_steps
 
     def draw(self) -> list[Placed]:
-        """The examples of the next step: shuffled epochs one after the other, whatever the batch size."""
+        """The rows of the next step: shuffled epochs one after the other, whatever the batch size."""
         size, rows = self.resolved.batch_size, len(self.train)
         places = range(self.step * size, (self.step + 1) * size)
         orders = {epoch: _order(rows, self.settings.seed, epoch) for epoch in {p // rows for p in places}}
-        return [Placed(self.train[orders[p // rows][p % rows]], self.slot.number, k) for k, p in enumerate(places)]
+        return place([self.train[orders[p // rows][p % rows]] for p in places], self.slot.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,9 @@ class Trainer:
             run.num_tokens += sum(len(p.example.token_ids) for p in draws[run.slot.number])
             rate = learning_rate_at(run.step, *self._rate(run))
             run.step += 1
-            elapsed = time.perf_counter() - started
-            speed = num_tokens / elapsed
+            speed = num_tokens / (time.perf_counter() - started)
             validated = self._validate(run)
+            elapsed = time.perf_counter() - started
             reports.append(
                 StepReport(run.name, run.step, run.resolved.num_steps, loss, norm, rate, speed, elapsed, validated)
             )
@@ -137,7 +137,7 @@ class Trainer:
                 parts = {n: objectives[n].loss(s) / counts[n] for n, s in scored.items()}
                 torch.stack(list(parts.values())).sum().backward()
             for number, part in parts.items():
-                losses[number] += part.detach().double().cpu()
+                losses[number] += part.detach().cpu().double()
             num_tokens += batch.num_tokens
         return losses, num_tokens
 
@@ -183,17 +183,24 @@ def finish(run: SlotRun) -> None:
         run.slot.load(run.best_state)
 
 
-def mean_loss(
-    base: Base, slot: Slot, objective: Objective, examples: Sequence[Example], tokens_per_batch: int
-) -> float:
-    """The objective's loss per counted unit over `examples`, without gradients."""
+def place(bundles: Sequence[Bundle], slot: int) -> list[Placed]:
+    """The sequences of some rows, bound for a slot; those of one row get a group of their own and stay together."""
+    grouped = [
+        replace(example, group=number) if len(bundle) > 1 else example
+        for number, bundle in enumerate(bundles)
+        for example in bundle
+    ]
+    return [Placed(example, slot, index) for index, example in enumerate(grouped)]
+
+
+def mean_loss(base: Base, slot: Slot, objective: Objective, bundles: Sequence[Bundle], tokens_per_batch: int) -> float:
+    """The objective's loss per counted unit over the rows, without gradients."""
     total = 0.0
-    for batch in pack(
-        [Placed(e, slot.number, k) for k, e in enumerate(examples)], tokens_per_batch, share_prefixes=True
-    ):
+    placed = place(bundles, slot.number)
+    for batch in pack(placed, tokens_per_batch, share_prefixes=True):
         scored = scored_by_slot(batch, base.score(batch))
         total += sum(float(objective.loss(part)) for part in scored.values())
-    return total / max(1, objective.count(examples))
+    return total / max(1, objective.count([item.example for item in placed]))
 
 
 def _order(rows: int, seed: int, epoch: int) -> list[int]:
