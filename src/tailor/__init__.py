@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from tailor.techniques.lora import LoRA
     from tailor.techniques.prompt_tuning import PromptTuning
     from tailor.techniques.prompting import Prompting
+    from tailor.text.messages import Message
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Full",
     "LoRA",
+    "Message",
     "OBJECTIVES",
     "PromptTuning",
     "Prompting",
@@ -50,6 +52,7 @@ __all__ = [
 _HOMES = {
     "Full": "tailor.techniques.full",
     "LoRA": "tailor.techniques.lora",
+    "Message": "tailor.text.messages",
     "OBJECTIVES": "tailor.objectives",
     "PromptTuning": "tailor.techniques.prompt_tuning",
     "Prompting": "tailor.techniques.prompting",

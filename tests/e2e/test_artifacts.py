@@ -114,3 +114,22 @@ def test_verify_reads_the_held_out_rows_again(lora: str) -> None:
     assert isinstance(parity, Parity)
     assert parity.passed
     assert parity.noise_floor < parity.gate
+
+
+def test_a_model_of_its_own_takes_no_other_base(tiny_folder: Path, rows: Path) -> None:
+    tune(recipe(tiny_folder, rows, "full", "own", num_steps=2), quiet=True)
+    with pytest.raises(ConflictError, match="model of its own"):
+        load("own", base=str(tiny_folder))
+
+
+def test_changed_rows_are_not_taken_for_held_out_ones(lora: str, rows: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "others.jsonl"
+    held_out.write_text(rows.read_text())
+    rows.write_text(rows.read_text().replace("red", "pink"))
+    with pytest.raises(ConflictError, match="changed"):
+        verify(lora)
+    assert verify(lora, data=str(held_out)).passed
+    rows.unlink()
+    with pytest.raises(ConflictError, match="gone"):
+        merge(lora, "never")
+    assert merge(lora, "now", data=str(held_out))[1].passed

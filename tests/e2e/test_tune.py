@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tailor.artifacts.artifact import find
 from tailor.errors import ConflictError, InterruptedRunError
 from tailor.inference.load import load
+from tailor.models.base import load_base
+from tailor.recipes import tune as tune_recipe
 from tailor.recipes.tune import TuneRecipe, resume, tune
 from tailor.runs import Run
 from tailor.techniques import TECHNIQUES
@@ -176,3 +179,77 @@ def test_a_taken_name_is_refused_before_any_work(tiny_folder: Path, rows: Path) 
     tune(recipe(tiny_folder, rows, "lora", num_steps=1), quiet=True)
     with pytest.raises(ConflictError, match="already"):
         tune(recipe(Path("no-such-base"), rows, "lora"), quiet=True)
+
+
+def test_a_run_killed_right_after_saving_its_artifact_resumes(
+    tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(tune_recipe, "_parity", lambda artifact, prepared: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(recipe(tiny_folder, rows, "lora"), quiet=True)
+    assert find("mine").manifest["metrics"]["num_steps"] == 12
+    assert Run.open("mine").manifest["status"] == "failed"
+    again = resume("mine", quiet=True)
+    assert again.artifact.manifest["parity"]["passed"]
+    assert again.run is not None
+    assert again.run.manifest["status"] == "finished"
+    assert len(again.run.metrics()) == 12
+
+
+def test_resume_refuses_other_weights(
+    tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    interrupt_at(monkeypatch, 4)
+    with pytest.raises(InterruptedRunError):
+        tune(recipe(base, rows, "lora"), quiet=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConflictError, match="base_fingerprint"):
+        resume("mine", quiet=True)
+
+
+def test_dropped_rows_are_spoken_of_and_not_counted(tiny_folder: Path, rows: Path) -> None:
+    long = {"prompt": "word " * 60, "completion": "red"}
+    rows.write_text(rows.read_text() + json.dumps(long) + "\n")
+    settings = recipe(tiny_folder, rows, "lora", num_steps=1)
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"truncation": "drop", "max_seq_len": 40})}
+    )
+    facts = tune(settings, quiet=True).artifact.manifest
+    assert facts["data"]["num_train"] + facts["data"]["num_validation"] == 40
+    assert "rows.jsonl:41" in facts["notes"][0]
+
+
+def test_a_loaded_base_is_used_as_it_is(tiny_folder: Path, rows: Path) -> None:
+    base = load_base(tiny_folder)
+    first = tune(recipe(tiny_folder, rows, "lora", "first", num_steps=2), base=base, quiet=True)
+    second = tune(recipe(tiny_folder, rows, "prompt_tuning", "second", num_steps=2), base=base, quiet=True)
+    assert first.base is second.base is base
+    assert set(base.host.slots) == {first.slot.number, second.slot.number}
+
+
+def test_full_is_not_combined(tiny_folder: Path, rows: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be combined"):
+        recipe(tiny_folder, rows, ["lora", "full"])
+
+
+def test_verification_renders_rows_as_the_run_did(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turns = [
+        [{"role": role, "content": f"{text} {k}"} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+        for k in range(12)
+    ]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    settings = recipe(tiny_folder, path, "lora", num_steps=1)
+    for trained_turns in ("all", "last"):
+        data = settings.data.model_copy(update={"trained_turns": trained_turns})
+        named = settings.model_copy(
+            update={"data": data, "output": settings.output.model_copy(update={"name": trained_turns})}
+        )
+        assert tune(named, quiet=True).artifact.manifest["parity"]["passed"]
+    tokens = [find(name).manifest["parity"]["num_tokens"] for name in ("all", "last")]
+    assert tokens[0] == 2 * tokens[1]

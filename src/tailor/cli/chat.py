@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tailor.cli.output import Device, Dtype, say
+from tailor.errors import ResourceError, TailorError
 
 app = typer.Typer(add_completion=False)
 
@@ -44,7 +45,20 @@ def chat(
         if not line.strip():
             continue
         turns.append(Message("user", line))
-        text = customized.generate(turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        try:
+            text = customized.generate(turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        except TailorError as error:
+            turns.pop()  # what cannot be answered is not part of the conversation
+            _explain(error)
+            continue
         seed += 1
         turns.append(Message("assistant", text))
         print(text, flush=True)
+
+
+def _explain(error: TailorError) -> None:
+    say(f"error: {error.message}")
+    if isinstance(error, ResourceError):
+        say("hint: the conversation is too long to go on; /new starts over")
+    elif error.hint:
+        say(f"hint: {error.hint}")

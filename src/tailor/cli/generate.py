@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tailor.cli.output import AsJson, Device, Dtype, emit
+from tailor.cli.output import AsJson, Columns, Device, Dtype, emit, pairs, say
+
+if TYPE_CHECKING:
+    from tailor.data.dataset import ReadSettings
+    from tailor.text.messages import Message
+    from tailor.text.render import Tools
 
 app = typer.Typer(add_completion=False)
 
@@ -18,7 +23,7 @@ def generate(
     name: Annotated[str, typer.Argument(help="An artifact or a base.")],
     prompt: Annotated[str | None, typer.Argument(help="What to say to it; '-' reads standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="A file of rows; their prompts are answered in order.")
+        Path | None, typer.Option("--file", "-f", help="A file of prompts or rows; their prompts are answered in order.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system text in front.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
@@ -27,21 +32,28 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text at which the answer ends.")] = None,
+    columns: Columns = None,
+    format: Annotated[str, typer.Option("--format", help="Of --file: auto, prompt, or one of docs/formats.md.")] = "auto",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Go on without rows of --file that cannot be used.")
+    ] = False,
     base: Annotated[str | None, typer.Option("--base", "-b", help="Where the artifact's base is.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or every row of a file (all in one batch)."""
-    from rich.console import Console
-
+    from tailor.data.dataset import ReadSettings
     from tailor.inference.load import load
     from tailor.text.messages import Message
 
-    prompts = [((Message("system", system),) if system else ()) + turns for turns in _prompts(prompt, file)]
+    reading = ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows)
+    asked = _asked(prompt, file, reading)
+    opening = (Message("system", system),) if system else ()
     customized = load(name, base, device=device, dtype=dtype)
     completions = customized.complete(
-        prompts,
+        [(*opening, *turns) for turns, _ in asked],
+        tools=[tools for _, tools in asked],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -60,21 +72,24 @@ def generate(
         for c in completions
     ]
 
-    def render(console: Console) -> None:
-        for row in rows:
-            console.print(row["text"])
-
-    emit({"completions": rows}, as_json, render)
+    emit({"completions": rows}, as_json, lambda console: [print(row["text"]) for row in rows])
 
 
-def _prompts(prompt: str | None, file: Path | None) -> list[tuple[Any, ...]]:
-    from tailor.data.readers import read_records
-    from tailor.data.records import prompt_of
+def _asked(
+    prompt: str | None, file: Path | None, settings: ReadSettings
+) -> list[tuple[tuple[Message, ...], Tools]]:
+    """The turns to answer, with the tools offered."""
+    from tailor.data.dataset import skipped_notes
+    from tailor.data.prompts import question_of, read_prompts
+    from tailor.data.records import tools_of
     from tailor.text.messages import user
 
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give a prompt or --file, not both and not neither")
     if file is not None:
-        return [prompt_of(record) for record in read_records(file).records]
+        reading = read_prompts(file, **settings.model_dump())
+        for note in skipped_notes(reading):
+            say(f"note: {note}")
+        return [(question_of(record), tools_of(record)) for record in reading.records]
     assert prompt is not None
-    return [(user(sys.stdin.read() if prompt == "-" else prompt),)]
+    return [((user(sys.stdin.read() if prompt == "-" else prompt),), ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -30,11 +32,21 @@ def result_console() -> Console:
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
-    """Print `result`: as JSON when asked for, else as `render` draws it."""
+    """Print `result`: as JSON when asked for, else as `render` draws it.
+
+    For texts that must come out as they are (answers, YAML) `render` uses `print`: rich wraps lines, widens tabs and
+    drops control characters.
+    """
     if as_json:
         print(json.dumps({"schema_version": SCHEMA_VERSION, **result}, ensure_ascii=False, default=str))
     else:
         render(result_console())
+
+
+def draw(console: Console, report: RenderableType) -> None:
+    """Print a report: tables in the console's width, its sentences unbroken so that they can be searched and copied."""
+    for part in report.renderables if isinstance(report, Group) else [report]:
+        console.print(part, soft_wrap=isinstance(part, Text))
 
 
 @contextmanager
@@ -75,6 +87,19 @@ def _stage_lines() -> Callable[[str, int, int], None]:
 def say(text: str) -> None:
     """A remark for the person at the terminal; never part of the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def numbers(values: list[str] | None, option: str) -> dict[str, float]:
+    """`a=1.5` options as a dict. Raises a usage error for what is no finite number."""
+    found = {}
+    for key, text in pairs(values, option).items():
+        try:
+            found[key] = float(text)
+        except ValueError:
+            found[key] = math.nan
+        if not math.isfinite(found[key]):
+            raise typer.BadParameter(f"{option} {key} wants a number, got {text!r}")
+    return found
 
 
 def pairs(values: list[str] | None, option: str) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Survey:
     """One pass over a file: how many rows, and what a sample of them looks like."""
 
     container: Container
-    formats: Mapping[str, Format] = field(default_factory=lambda: FORMATS)
+    formats: Mapping[str, Format]
     num_rows: int = 0
     unreadable: list[BadRow] = field(default_factory=list)
     sample: list[_Seen] = field(default_factory=list)

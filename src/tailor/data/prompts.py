@@ -10,6 +10,7 @@ from os import PathLike
 from tailor.data.formats import FORMATS, SAID, Fields, Format, openai_chat, said_turns, sharegpt
 from tailor.data.readers import Reading, read_rows
 from tailor.data.records import Comparison, Conversation, Judged, Rated, Record, conversation, prompt_of
+from tailor.data.rows import RowError
 from tailor.data.turns import check_order
 from tailor.errors import DataError
 from tailor.text.messages import Message, user
@@ -18,6 +19,8 @@ from tailor.text.messages import Message, user
 def _prompt(row: Fields) -> Record:
     said = said_turns(row["prompt"], user)
     check_order(said, answered=False)
+    if said[-1].role == "assistant":
+        raise RowError("the prompt ends in an assistant turn, so there is nothing to answer")
     return Conversation(said)
 
 

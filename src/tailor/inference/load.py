@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tailor.artifacts.artifact import Artifact, attach, find
-from tailor.errors import ConfigError, ConflictError, NotFoundError
+from tailor.data.rows import RowError
+from tailor.data.turns import messages
+from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError
 from tailor.inference.backend import Completion, Request, SamplingParams
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, load_base
 from tailor.models.files import EMBEDDED
 from tailor.models.slots import Slot
 from tailor.text.messages import Message, user
+from tailor.text.render import Tools
 
-Prompt = str | Message | Sequence[Message]
+Turn = Message | Mapping[str, Any]
+"""A message, or a dict as the OpenAI protocol has it: `{"role": …, "content": …}`."""
+
+Prompt = str | Turn | Sequence[Turn]
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,25 @@ class Customized:
         """What requests call it: None for a base or a model of its own."""
         return self.artifact.name if self.artifact is not None and self.slot is not None else None
 
-    def generate(self, prompt: Prompt, **sampling: Any) -> str:
+    def generate(self, prompt: Prompt, *, tools: Tools = (), **sampling: Any) -> str:
         """The answer's text; `sampling` are SamplingParams (max_new_tokens, temperature, seed, …)."""
-        return self.complete([prompt], **sampling)[0].text
+        return self.complete([prompt], tools=[tools], **sampling)[0].text
 
-    def complete(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Completion]:
-        """One completion per prompt, generated together."""
+    def complete(
+        self, prompts: Sequence[Prompt], *, tools: Sequence[Tools] | None = None, **sampling: Any
+    ) -> list[Completion]:
+        """One completion per prompt, generated together.
+
+        `tools` holds each prompt's tool schemas. Prompt k draws with `seed` + k, so that one prompt given several
+        times gets several answers.
+        """
         params = SamplingParams(**sampling)
-        return self.backend.generate([Request(as_messages(p), self.name, params) for p in prompts])
+        offered = [()] * len(prompts) if tools is None else tools
+        requests = [
+            Request(as_messages(prompt), self.name, params.model_copy(update={"seed": params.seed + k}), tuple(schemas))
+            for k, (prompt, schemas) in enumerate(zip(prompts, offered, strict=True))
+        ]
+        return self.backend.generate(requests)
 
 
 def load(name: str | Path, base: str | Base | None = None, *, device: str = "auto", dtype: str = "auto") -> Customized:
@@ -89,7 +106,13 @@ def _find_or_none(name: str | Path) -> Artifact | None:
 
 
 def as_messages(prompt: Prompt) -> tuple[Message, ...]:
-    """A prompt in any of its spellings as turns."""
+    """A prompt in any of its spellings as turns. Raises DataError for what is no message."""
     if isinstance(prompt, str):
         return (user(prompt),)
-    return (prompt,) if isinstance(prompt, Message) else tuple(prompt)
+    turns = [prompt] if isinstance(prompt, Message | Mapping) else prompt
+    try:
+        return tuple(turn if isinstance(turn, Message) else messages([turn])[0] for turn in turns)
+    except (RowError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"a prompt cannot be read: {error}", hint='a prompt is text, or a list of {"role": …, "content": …}'
+        ) from error
