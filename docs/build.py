@@ -89,14 +89,16 @@ def _traits_table(techniques: Mapping[str, Any]) -> list[str]:
 
 def _defaults_table(techniques: Mapping[str, Any]) -> list[str]:
     lines = [
-        "| technique | learning rate | passes | smallest, largest number of steps | batch size |",
+        "| technique | learning rate | passes | smallest, largest number of steps | batch size: few, more, many rows |",
         "|---|---|---|---|---|",
     ]
     for name, technique in techniques.items():
         d = technique.traits.defaults
         if d is not None:
             passes = f"{d.num_epochs:g}"
-            lines.append(f"| {name} | {d.learning_rate:g} | {passes} | {d.min_steps}, {d.max_steps} | {d.batch_size} |")
+            rate = f"{d.learning_rate:g}" + (" × the embeddings' RMS" if d.per_embedding_rms else "")
+            sizes = ", ".join(str(d.batch_size(num_rows)) for num_rows in (300, 5_000, 50_000))
+            lines.append(f"| {name} | {rate} | {passes} | {d.min_steps}, {d.max_steps} | {sizes} |")
     return lines
 
 

@@ -3,6 +3,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,11 +129,110 @@ def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
             raise OSError("no")
         rename(source, target)
 
+    monkeypatch.setattr(store, "_exchange", lambda new, path: False)
     monkeypatch.setattr(os, "rename", fail_to_place)
     with pytest.raises(OSError, match="no"), store.atomic_folder(path, force=True) as folder:
         (folder / "w").write_text("new")
     assert (path / "w").read_text() == "old"
     assert names(tmp_path) == ["artifact"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
+def test_there_is_always_a_folder_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "artifact"
+    path.mkdir()
+    (path / "w").write_text("old")
+    monkeypatch.setattr(os, "rename", None)
+    with store.atomic_folder(path, force=True) as folder:
+        (folder / "w").write_text("new")
+    assert (path / "w").read_text() == "new"
+    assert names(tmp_path) == ["artifact"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_link_is_replaced_and_not_what_it_points_to(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(store, "_exchange", lambda new, path: False)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "w").write_text("old")
+    path = tmp_path / "artifact"
+    path.symlink_to("real")
+    with store.atomic_folder(path, force=True) as folder:
+        (folder / "w").write_text("new")
+    assert not path.is_symlink()
+    assert [(path / "w").read_text(), (tmp_path / "real" / "w").read_text()] == ["new", "old"]
+    assert names(tmp_path) == ["artifact", "real"]
+
+
+def killed_between_the_renames(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave what a kill leaves where two names cannot be exchanged: the old folder and the draft, aside."""
+    path.mkdir()
+    (path / "w").write_text("old")
+    rename = os.rename
+
+    def kill(source: Path, target: Path) -> None:
+        if Path(source) == path:
+            rename(source, target)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_exchange", lambda new, path: False)
+        patch.setattr(shutil, "rmtree", lambda *given, **options: None)
+        patch.setattr(os, "rename", kill)
+        with pytest.raises(SystemExit), store.atomic_folder(path, force=True) as folder:
+            (folder / "w").write_text("new")
+    assert not path.exists()
+
+
+def test_recover_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "check[point]"
+    killed_between_the_renames(path, monkeypatch)
+    assert store.recover(path)
+    assert (path / "w").read_text() == "old"
+    assert not store.recover(path)
+    assert not store.recover(tmp_path / "nothing" / "there")
+
+
+def test_the_next_writer_recovers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint"
+    killed_between_the_renames(path, monkeypatch)
+    with pytest.raises(ConflictError), store.atomic_folder(path):
+        pytest.fail("the block must not start")
+    assert (path / "w").read_text() == "old"
+
+
+def test_what_a_kill_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    now = time.time()
+    ages = {
+        ".a.0123abcd.tmp": 2 * store.DAY,
+        ".a.0123abcd.old": 2 * store.DAY,
+        ".a.ffffffff.tmp": store.DAY / 2,
+        ".b.0123abcd.tmp": 2 * store.DAY,
+        ".a.mine.tmp": 2 * store.DAY,
+    }
+    (tmp_path / "a").mkdir()
+    for name, age in ages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w").write_text("1")
+        os.utime(tmp_path / name, (now - age, now - age))
+    with store.atomic_folder(tmp_path / "a", force=True):
+        pass
+    assert names(tmp_path) == [".a.ffffffff.tmp", ".a.mine.tmp", ".b.0123abcd.tmp", "a"]
+
+
+@pytest.mark.parametrize("way", [".", "sub/..", ""])
+def test_a_folder_without_a_name_of_its_own(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(ConflictError, match="here"), store.atomic_folder(Path(way)):
+        pytest.fail("the block must not start")
+    with store.atomic_folder(Path(way), force=True) as folder:
+        (folder / "w").write_text("new")
+    assert names(here) == ["w"]
+    assert names(tmp_path) == ["here"]
 
 
 def test_hashes(tmp_path: Path) -> None:

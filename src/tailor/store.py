@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tailor.errors import ConflictError
+
+DAY = 86_400.0
+"""Seconds after which a draft has no writer any more."""
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -54,10 +61,14 @@ def write_json(path: str | Path, value: Any) -> None:
 def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path` when the block ends, and vanishes when the block raises.
 
-    Raises ConflictError when `path` exists, before the block and again at its end. With `force` the old folder is
-    moved aside, and removed only once the new one is in its place.
+    Raises ConflictError when `path` exists, before the block and again at its end. With `force` the new folder takes
+    the place of the old one in one system call where the system has it (Linux). Elsewhere the old one is moved aside
+    first, and a kill between the two renames leaves nothing at `path` until `recover`, which is called here too.
+    What a kill left beside `path` more than a day ago is removed.
     """
-    path = Path(path)
+    path = _with_name(Path(path))
+    recover(path)
+    _remove_stale(path)
     _refuse_existing(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "tmp")
@@ -73,6 +84,22 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def recover(path: str | Path) -> bool:
+    """Put the old folder back that a kill during a replacement left aside; whether there was one to put back.
+
+    Only while nobody else is replacing `path`.
+    """
+    path = _with_name(Path(path))
+    if os.path.lexists(path):
+        return False
+    aside = [entry for entry in _siblings(path) if entry.suffix == ".old"]
+    if not aside:
+        return False
+    os.rename(max(aside, key=lambda entry: entry.lstat().st_mtime), path)
+    _fsync(path.parent)
+    return True
 
 
 def file_hash(path: str | Path) -> str:
@@ -92,22 +119,64 @@ def _refuse_existing(path: Path, force: bool) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
+    if not os.path.lexists(path):
+        os.rename(new, path)
+        _fsync(path.parent)
+        return
+    old = new if _exchange(new, path) else _rename_twice(new, path)
+    _fsync(path.parent)
+    _remove(old)
+
+
+def _rename_twice(new: Path, path: Path) -> Path:
+    """Where the old folder is now."""
     old = _sibling(path, "old")
-    replaced = os.path.lexists(path)
-    if replaced:
-        os.rename(path, old)
+    os.rename(path, old)
     try:
         os.rename(new, path)
     except BaseException:
-        if replaced:
-            os.rename(old, path)
+        os.rename(old, path)
         raise
-    _fsync(path.parent)
-    if replaced:
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
+    return old
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step (Linux, renameat2(2)); False where system or disk cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return (
+        renameat2 is not None
+        and renameat2(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), exchange) == 0
+    )
+
+
+def _remove_stale(path: Path) -> None:
+    for entry in _siblings(path):
+        with contextlib.suppress(OSError):  # its writer may be at it, or it may not be ours to remove
+            if time.time() - entry.lstat().st_mtime > DAY:
+                _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _with_name(path: Path) -> Path:
+    """`.` and `..` as the folders that they are; symbolic links by other names stay what they are."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
+def _siblings(path: Path) -> list[Path]:
+    """What `_sibling` named: drafts (.tmp) and folders moved aside (.old)."""
+    if not path.parent.is_dir():
+        return []
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    return [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]
 
 
 def _sibling(path: Path, suffix: str) -> Path:

@@ -24,6 +24,10 @@ def rendering(**changes: Any) -> Rendering:
     return replace(Rendering(RENDERER, 100), **changes)
 
 
+def with_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return (system("S"), *turns)
+
+
 def row(prompt: str = "one two", completion: str = "three", line: int = 7) -> PromptCompletion:
     return PromptCompletion(prompt=prompt, completion=completion, source=Source("rows.jsonl", line))
 
@@ -63,12 +67,26 @@ def test_a_conversation_trains_all_answers_or_the_last() -> None:
 def test_a_rewritten_conversation_trains_its_last_answer_only() -> None:
     """A prompting technique rewrites everything before the answer, so earlier answers are its text, not the row's."""
     record = Conversation(messages=(user("U"), assistant("A"), user("V"), assistant("B")))
-    example = rendering(compose=lambda turns: (system("S"), *turns)).example(record)
+    example = rendering(compose=with_system, trained_turns="last").example(record)
     assert example is not None
     assert TOKENIZER.decode(example.token_ids).startswith(
         "<|bos|><|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
     )
     assert TOKENIZER.decode([t for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m]) == "B<|end|>"
+
+
+def test_several_answers_to_train_behind_a_rewritten_prompt_must_be_settled_by_name() -> None:
+    turns = (user("U"), assistant("A"), user("V"), assistant("B"))
+    with pytest.raises(DataError, match=r"^chat.jsonl:3: this row has several assistant turns to train") as caught:
+        rendering(compose=with_system).example(Conversation(messages=turns, source=Source("chat.jsonl", 3)))
+    assert "data.trained_turns: last" in str(caught.value.hint)
+    # one answer, or one that counts: "all" and "last" are the same, so nothing has to be said
+    context = Message("assistant", "A", weight=0)
+    for messages in (turns[:2], (turns[0], context, *turns[2:])):
+        record = Conversation(messages=messages)
+        assert rendering(compose=with_system).example(record) == rendering(
+            compose=with_system, trained_turns="last"
+        ).example(record)
 
 
 def length(record: PromptCompletion, **changes: Any) -> int:

@@ -65,7 +65,7 @@ def test_every_hop_gives_the_logprobs_of_full_logits(technique: LoRA | PromptTun
     record.check()
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "gpt2", "mixtral"])
 def test_windows_caps_and_learned_positions_pass_too(model_type: str) -> None:
     base = tiny_base(model_type)
     examples = examples_for(base)
@@ -119,6 +119,23 @@ def test_missing_tokens_and_nan_never_pass() -> None:
     assert record.to_dict()["hops"][0]["max_difference"] is None
 
 
+def test_logprobs_that_are_no_numbers_fail_and_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base()
+    honest = parity.packed_logprobs
+    monkeypatch.setattr(parity, "packed_logprobs", lambda *given: [s * math.nan for s in honest(*given)])
+    record = verify(base, None, examples_for(base))
+    assert not record.passed
+    written = json.loads(json.dumps(record.to_dict(), allow_nan=False))
+    assert (written["passed"], written["noise_floor"], written["gate"]) == (False, None, 1e-2)
+    with pytest.raises(QualityError):
+        record.check()
+    alone = parity.Parity((parity.Hop("same", 0.0, 0.0, True),), math.nan, math.inf, 1, 1)
+    assert not alone.passed
+    assert (alone.to_dict()["noise_floor"], alone.to_dict()["gate"]) == (None, None)
+    with pytest.raises(QualityError, match="no numbers"):
+        alone.check()
+
+
 def test_gates_follow_the_floor_between_their_bounds() -> None:
     assert (FINE.gate(0.0), FINE.gate(5e-5), FINE.gate(1.0)) == (1e-4, pytest.approx(5e-4), 1e-2)
     assert (COARSE.gate(0.0), COARSE.gate(0.05), COARSE.gate(9.0)) == (0.02, pytest.approx(0.2), 1.0)
@@ -138,7 +155,9 @@ def test_the_twin_has_the_slot_in_float64_and_leaves_the_base_alone() -> None:
     slot = shaken(base.host.attach([LoRA(rank=2), PromptTuning(num_virtual_tokens=2)]))
     examples = examples_for(base, slot)
     before = packed_logprobs(base, slot, examples)
+    implementation = base.config._experts_implementation
     double = twin(base, torch.float64)
+    assert base.config._experts_implementation == implementation
     exact = packed_logprobs(double, slot, examples)
     assert exact[0].dtype == torch.float64
     assert_near(exact, before)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tailor.training.optimizer import FlatAdamW, learning_rate_at
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPES = {"a": (3, 4), "b": (5,), "c": ()}
 
 
@@ -133,6 +134,46 @@ def test_state_and_load_continue_bit_for_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(p, straight[n]) for n, p in resumed.items())
     assert all(torch.equal(t, other.state()[n]) for n, t in flat.state().items())
     assert all(torch.equal(t, copies[n]) for n, t in saved.items()), "loading takes a copy"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_a_loaded_state_lies_with_the_parameters(device: str) -> None:
+    given = {n: nn.Parameter(p.detach().float().to(device)) for n, p in parameters().items()}
+    flat, loaded = FlatAdamW(given, 0.1, (0.9, 0.999)), FlatAdamW(given, 0.1, (0.9, 0.999))
+    for optimizer in (flat, loaded):
+        optimizer.zero_grad()
+        loss(given, 1).backward()
+        optimizer.step(0.1, 1.0)
+        loaded.load(flat.state())
+    moments = next(iter(loaded._adamw.state.values()))
+    assert {name: tensor.device.type for name, tensor in moments.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), device
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_closed_optimizer_leaves_its_parameters_to_the_next(dtype: torch.dtype) -> None:
+    given, fresh = parameters(dtype), parameters(dtype)
+    FlatAdamW(given, 0.1, (0.9, 0.999)).close()
+    assert all(p.grad is None for p in given.values())
+    for each in (given, fresh):
+        flat = FlatAdamW(each, 0.1, (0.9, 0.999))
+        for step in range(3):
+            flat.zero_grad()
+            loss(each, step).backward()
+            flat.step(0.1, 1.0)
+    assert all(torch.equal(p, fresh[n]) for n, p in given.items())
+
+
+def test_two_open_optimizers_on_narrow_parameters_are_told_apart() -> None:
+    given = parameters(torch.bfloat16)
+    first, second = FlatAdamW(given, 0.1, (0.9, 0.999)), FlatAdamW(given, 0.1, (0.9, 0.999))
+    with pytest.raises(RuntimeError, match=r"close\(\) that one first"):
+        loss(given, 1).backward()
+    first.close()
+    second.zero_grad()
+    loss(given, 1).backward()
+    assert second.grad_norm() > 0
 
 
 def test_schedules_by_hand() -> None:

@@ -7,9 +7,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tailor.cli.output import AsJson, emit
+from tailor.cli.output import AsJson, BaseOf, CompareOn, emit
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, merge, export and remove artifacts.")
+
+EXPORTED = ("config.json", "adapter_config.json", "tailor.json")
+"""One of these is in every folder that an export writes."""
+
+PARITY = {True: "passed", False: "FAILED", None: "not checked"}
 
 Name = Annotated[str, typer.Argument(help="The artifact's name.")]
 
@@ -27,7 +32,7 @@ def list_artifacts(as_json: AsJson = False) -> None:
 
     def render(console: Console) -> None:
         if not found:
-            console.print(f"no artifacts in {home() / 'artifacts'}; make one with `tailor tune`")
+            print(f"no artifacts in {home() / 'artifacts'}; make one with `tailor tune`")
             return
         table = Table("name", "technique", "base", "parameters", "validation loss", "parity", "created")
         for artifact in found:
@@ -40,7 +45,7 @@ def list_artifacts(as_json: AsJson = False) -> None:
                 facts["base"]["name"],
                 f"{facts['num_parameters']:,}",
                 "" if loss is None else f"{loss:.4f}",
-                "" if parity is None else ("passed" if parity["passed"] else "FAILED"),
+                PARITY[parity["passed"]] if parity else "",
                 facts["created"],
             )
         console.print(table)
@@ -59,8 +64,8 @@ def show(name: Name, as_json: AsJson = False) -> None:
     artifact = find(name)
 
     def render(console: Console) -> None:
-        console.print(f"# {artifact.folder}")
-        console.print(dump_yaml(dict(artifact.manifest)))
+        print(f"# {artifact.folder}")
+        print(dump_yaml(dict(artifact.manifest)), end="")
 
     emit({"folder": str(artifact.folder), **artifact.manifest}, as_json, render)
 
@@ -69,13 +74,15 @@ def show(name: Name, as_json: AsJson = False) -> None:
 def merge(
     name: Name,
     to: Annotated[str | None, typer.Option("--to", help="The new artifact's name; NAME-merged when not given.")] = None,
+    data: CompareOn = None,
+    base: BaseOf = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold the artifact into its base's weights: a model of its own, checked against the unmerged one."""
     from tailor.recipes.export import merge as run_merge
 
-    artifact, parity = run_merge(name, to or f"{name}-merged", force=force)
+    artifact, parity = run_merge(name, to or f"{name}-merged", base=base, data=data, force=force)
     _saved(
         {"artifact": artifact.name, "folder": str(artifact.folder), "parity": parity.to_dict()},
         artifact.folder,
@@ -90,13 +97,18 @@ def export(
     format: Annotated[
         Literal["hf", "peft"], typer.Option("--format", help="hf: a merged model folder; peft: the adapter's files.")
     ] = "peft",
+    data: CompareOn = None,
+    base: BaseOf = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the artifact in a format other tools read. An export that answers differently is refused."""
     from tailor.recipes.export import export as run_export
 
-    parity = run_export(name, folder, format, force=force)
+    folder = folder.expanduser().resolve()
+    if force:
+        _check_replaceable(folder)
+    parity = run_export(name, folder, format, base=base, data=data, force=force)
     _saved({"folder": str(folder), "format": format, "parity": parity.to_dict()}, folder, as_json)
 
 
@@ -117,7 +129,24 @@ def rm(
             raise typer.BadParameter("nobody is there to ask; add --yes")
         typer.confirm(f"delete {artifact.folder}?", abort=True, err=True)
     remove(artifact)
-    emit({"removed": artifact.name}, as_json, lambda console: console.print(f"removed {artifact.name}"))
+    emit({"removed": artifact.name}, as_json, lambda console: print(f"removed {artifact.name}"))
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise ConflictError when --force would delete something else than a model or an adapter."""
+    from tailor.errors import ConflictError
+
+    if Path.cwd().is_relative_to(folder):
+        raise ConflictError(
+            f"{folder} is or holds the folder you are in", hint="name a folder of its own for the export"
+        )
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not any((folder / name).is_file() for name in EXPORTED):
+        raise ConflictError(
+            f"{folder} is no model or adapter (it holds none of {', '.join(EXPORTED)}), so --force does not replace it",
+            hint="name a new folder, or remove this one yourself",
+        )
 
 
 def _saved(result: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -125,5 +154,5 @@ def _saved(result: dict[str, Any], folder: Path, as_json: bool) -> None:
     emit(
         result,
         as_json,
-        lambda console: console.print(f"saved in {folder}; largest logprob difference {difference:.1e}"),
+        lambda console: print(f"saved in {folder}; largest logprob difference {difference:.1e}"),
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import Device, Dtype, say
+from tailor.cli.output import BaseOf, Device, Dtype, say
 from tailor.errors import ResourceError, TailorError
 
 app = typer.Typer(add_completion=False)
@@ -20,7 +20,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling; each answer takes the next one.")] = 0,
-    base: Annotated[str | None, typer.Option("--base", "-b", help="Where the artifact's base is.")] = None,
+    base: BaseOf = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:

@@ -52,23 +52,15 @@ def _render(console: Console, result: Demo) -> None:
 
     base = result.rows[0]
     table = Table(title="Fernway support tickets: queue and reply, on held-out tickets", title_justify="left")
-    for header in (
-        "technique",
-        "queue accuracy",
-        "95 % interval",
-        "ROUGE-L",
-        "perplexity",
-        "trained parameters",
-        "time",
-    ):
-        table.add_column(header, justify="left" if header == "technique" else "right")
+    table.add_column("technique")
+    for header in ("queue written", "queue chosen of six", "ROUGE-L", "perplexity", "trained parameters", "time"):
+        table.add_column(header, justify="right")
     for row in result.rows:
         scores: dict[str, Any] = row.evaluation.metrics
-        accuracy = scores["accuracy"]
         table.add_row(
             row.name,
-            f"{accuracy.mean:.2f}",
-            f"{accuracy.low:.2f} to {accuracy.high:.2f}",
+            _with_interval(scores["accuracy"]),
+            _with_interval(scores["label_accuracy"]),
             f"{scores['rougeL'].mean:.2f}",
             f"{scores['perplexity'].mean:.1f}",
             f"{row.num_parameters:,}",
@@ -76,15 +68,20 @@ def _render(console: Console, result: Demo) -> None:
             style="bold" if row is result.best else None,
         )
     console.print(table)
+    console.print("shares of held-out tickets with the right queue, and their 95 % intervals")
     best = result.best
     for k in result.shown:
-        console.print(Text.assemble("\n", ("ticket", "bold"), "  ", best.evaluation.rows[k].prompt))
+        console.print(Text.assemble("\n", ("ticket", "bold"), "  ", best.evaluation.rows[k].prompt), soft_wrap=True)
         for label, row in (("before", base), (f"after ({best.name})", best)):
             answer = str(row.evaluation.rows[k].completion).replace("\n", " · ")
-            console.print(Text.assemble("  ", (label, "dim"), "  ", answer))
+            console.print(Text.assemble("  ", (label, "dim"), "  ", answer), soft_wrap=True)
     name = f"demo-{best.name.replace('_', '-')}"
     console.print("\nnext:")
     console.print(f'  tailor generate {name} "My parcel never came, order FW-20817."')
     console.print(f"  tailor verify {name}")
     console.print("  tailor data check YOUR.jsonl")
     console.print("  tailor tune YOUR.jsonl --technique lora --name mine")
+
+
+def _with_interval(score: Any) -> str:
+    return f"{score.mean:.2f} [{score.low:.2f}, {score.high:.2f}]"

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, emit, pairs, say, stages
+from tailor.cli.output import (
+    AsJson,
+    BaseOf,
+    Columns,
+    Device,
+    Dtype,
+    Quiet,
+    SkipBadRows,
+    draw,
+    emit,
+    numbers,
+    pairs,
+    say,
+    stages,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -28,13 +42,15 @@ def evaluate(
     ] = None,
     columns: Columns = None,
     format: Annotated[str, typer.Option("--format", help="auto, or a format of docs/formats.md.")] = "auto",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Go on without rows that cannot be used.")
-    ] = False,
+    skip_bad_rows: SkipBadRows = False,
     minimum: Annotated[
         list[str] | None, typer.Option("--min", help="A gate, e.g. accuracy=0.8; exit code 9 below it.")
     ] = None,
+    maximum: Annotated[
+        list[str] | None, typer.Option("--max", help="The same where lower is better, e.g. perplexity=20.")
+    ] = None,
     rows: Annotated[Path | None, typer.Option("--rows", help="Write every row's result here (JSONL).")] = None,
+    base: BaseOf = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -45,7 +61,8 @@ def evaluate(
     from tailor.evaluation.evaluate import EvalSettings
     from tailor.evaluation.report import render as render_report
     from tailor.inference.backend import SamplingParams
-    from tailor.recipes.evaluate import check_gates
+    from tailor.inference.load import load
+    from tailor.recipes.evaluate import Gates
     from tailor.recipes.evaluate import evaluate as run_evaluate
 
     settings = EvalSettings(
@@ -54,19 +71,14 @@ def evaluate(
         max_rows=max_rows,
         sampling=SamplingParams(max_new_tokens=max_new_tokens) if max_new_tokens else None,
     )
-    gates = {key: float(value) for key, value in pairs(minimum, "--min").items()}
+    reading = ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows)
+    gates = Gates(numbers(minimum, "--min"), numbers(maximum, "--max"))
+    gates.check_names(settings.metrics)
     with stages(quiet) as progress:
-        evaluation = run_evaluate(
-            name,
-            data,
-            progress=progress,
-            settings=settings,
-            reading=ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows),
-            device=device,
-            dtype=dtype,
-        )
+        customized = load(name, base, device=device, dtype=dtype)
+        evaluation = run_evaluate(customized, data, settings=settings, reading=reading, progress=progress)
     if rows is not None:
         evaluation.write(rows)
         say(f"rows: {rows}")
-    emit({"name": name, **evaluation.to_dict()}, as_json, lambda console: console.print(render_report(evaluation)))
-    check_gates(evaluation, gates)
+    emit({"name": name, **evaluation.to_dict()}, as_json, lambda console: draw(console, render_report(evaluation)))
+    gates.check(evaluation)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tailor.cli.output import AsJson, Columns, Device, Dtype, emit, pairs, say
+from tailor.cli.output import AsJson, BaseOf, Columns, Device, Dtype, SkipBadRows, emit, pairs, say
 
 if TYPE_CHECKING:
     from tailor.data.dataset import ReadSettings
@@ -23,7 +23,8 @@ def generate(
     name: Annotated[str, typer.Argument(help="An artifact or a base.")],
     prompt: Annotated[str | None, typer.Argument(help="What to say to it; '-' reads standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="A file of prompts or rows; their prompts are answered in order.")
+        Path | None,
+        typer.Option("--file", "-f", help="A file of prompts or rows; their prompts are answered in order."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system text in front.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
@@ -33,11 +34,11 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text at which the answer ends.")] = None,
     columns: Columns = None,
-    format: Annotated[str, typer.Option("--format", help="Of --file: auto, prompt, or one of docs/formats.md.")] = "auto",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Go on without rows of --file that cannot be used.")
-    ] = False,
-    base: Annotated[str | None, typer.Option("--base", "-b", help="Where the artifact's base is.")] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="Of --file: auto, prompt, or one of docs/formats.md.")
+    ] = "auto",
+    skip_bad_rows: SkipBadRows = False,
+    base: BaseOf = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -72,12 +73,10 @@ def generate(
         for c in completions
     ]
 
-    emit({"completions": rows}, as_json, lambda console: [print(row["text"]) for row in rows])
+    emit({"completions": rows}, as_json, lambda console: print(*(row["text"] for row in rows), sep="\n"))
 
 
-def _asked(
-    prompt: str | None, file: Path | None, settings: ReadSettings
-) -> list[tuple[tuple[Message, ...], Tools]]:
+def _asked(prompt: str | None, file: Path | None, settings: ReadSettings) -> list[tuple[tuple[Message, ...], Tools]]:
     """The turns to answer, with the tools offered."""
     from tailor.data.dataset import skipped_notes
     from tailor.data.prompts import question_of, read_prompts

@@ -19,6 +19,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only th
 Columns = Annotated[
     list[str] | None, typer.Option("--columns", help="Our name=the file's column, e.g. prompt=text; may be repeated.")
 ]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Go on without rows that cannot be used.")]
+BaseOf = Annotated[
+    str | None, typer.Option("--base", "-b", help="Where the artifact's base is, when not where it was tuned on.")
+]
+CompareOn = Annotated[
+    str | None, typer.Option("--data", help="Rows to compare on; those the run held out when not given.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 

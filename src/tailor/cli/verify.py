@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, Device, Dtype, emit
+from tailor.cli.output import AsJson, BaseOf, CompareOn, Device, Dtype, draw, emit
 
 app = typer.Typer(add_completion=False)
 
@@ -14,9 +14,8 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def verify(
     name: Annotated[str, typer.Argument(help="An artifact.")],
-    data: Annotated[
-        str | None, typer.Option("--data", help="Rows to compare on; the run's held-out rows when not given.")
-    ] = None,
+    data: CompareOn = None,
+    base: BaseOf = None,
     num_rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -26,15 +25,10 @@ def verify(
 
     Prints the noise floor and each hop's largest difference; exit code 9 when a hop is off.
     """
-    from rich.console import Console
-
     from tailor.evaluation.report import render as render_report
     from tailor.recipes.verify import verify as run_verify
 
-    parity = run_verify(name, data=data, num_rows=num_rows, device=device, dtype=dtype)
+    parity = run_verify(name, data=data, base=base, num_rows=num_rows, device=device, dtype=dtype)
 
-    def render(console: Console) -> None:
-        console.print(render_report(parity))
-
-    emit({"artifact": name, **parity.to_dict()}, as_json, render)
+    emit({"artifact": name, **parity.to_dict()}, as_json, lambda console: draw(console, render_report(parity)))
     parity.check()

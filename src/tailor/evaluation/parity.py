@@ -23,7 +23,7 @@ from tailor.data.packing import Segment
 from tailor.errors import DataError, QualityError
 from tailor.evaluation.likelihood import packed_logprobs, slot_number
 from tailor.models.attention import KVCache
-from tailor.models.base import Base
+from tailor.models.base import Base, plain_experts
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.text.tokenizer import VIRTUAL
@@ -89,16 +89,13 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether every hop did."""
-        return all(hop.passed for hop in self.hops)
+        """Whether every hop did, against a noise floor that is a number."""
+        return math.isfinite(self.noise_floor) and math.isfinite(self.gate) and all(hop.passed for hop in self.hops)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it; a difference that is no number becomes None."""
-        values = asdict(self)
-        for hop in values["hops"]:
-            for key in ("max_difference", "mean_difference"):
-                hop[key] = hop[key] if math.isfinite(hop[key]) else None
-        return {**values, "hops": list(values["hops"]), "passed": self.passed}
+        """As JSON knows it; a difference, floor or gate that is no number becomes None."""
+        hops = [_finite(asdict(hop)) for hop in self.hops]
+        return {**_finite(asdict(self)), "hops": hops, "passed": self.passed}
 
     def check(self) -> None:
         """Raise QualityError naming the worst hop unless all passed."""
@@ -111,6 +108,15 @@ class Parity:
                 hint=f"answers from there would not be those of the trained model ({len(failed)} of {len(self.hops)} "
                 "hops failed)",
             )
+        if not self.passed:
+            raise QualityError(
+                f"the noise floor is {self.noise_floor}: the model's logprobs are no numbers",
+                hint="set base.dtype to bfloat16 or float32 (float16 overflows in many models)",
+            )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def verify(
@@ -199,9 +205,10 @@ def twin(base: Base, dtype: torch.dtype) -> Base:
 
     Trained parameters keep their own (fp32) values and are cast where they are used, as always.
     """
-    shared = [base.tokenizer, base.renderer, base.config, *(s.compose for s in base.host.slots.values())]
+    shared = [base.tokenizer, base.renderer, *(s.compose for s in base.host.slots.values())]
     double = copy.deepcopy(base, {id(item): item for item in shared})
     double.model.to(dtype)
+    plain_experts(double.model)
     double.dtype = double.host.dtype = dtype
     return double
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor.artifacts.artifact import Artifact, attach, find
-from tailor.data.rows import RowError
+from tailor.data.rows import RowError, describe
 from tailor.data.turns import messages
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError
 from tailor.inference.backend import Completion, Request, SamplingParams
@@ -110,9 +110,15 @@ def as_messages(prompt: Prompt) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (user(prompt),)
     turns = [prompt] if isinstance(prompt, Message | Mapping) else prompt
+    return tuple(turn if isinstance(turn, Message) else _message(turn) for turn in turns)
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
     try:
-        return tuple(turn if isinstance(turn, Message) else messages([turn])[0] for turn in turns)
-    except (RowError, AttributeError, TypeError) as error:
+        if not isinstance(turn, Mapping):
+            raise RowError(f"a turn is {describe(turn)}")
+        return messages([turn])[0]
+    except RowError as error:
         raise DataError(
             f"a prompt cannot be read: {error}", hint='a prompt is text, or a list of {"role": …, "content": …}'
         ) from error

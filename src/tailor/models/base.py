@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from tailor.models import attention
 from tailor.models.attention import ATTENTION
 from tailor.models.files import fingerprint, resolve, weight_files
 from tailor.models.loss_head import Head, token_logprobs
-from tailor.models.placement import placement_of
+from tailor.models.placement import placement_of, read_config
 from tailor.models.plan import Plan
 from tailor.models.slots import SlotHost
 from tailor.text.render import Renderer, make_renderer
 from tailor.text.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can(?:'|no)t allocate memory", re.IGNORECASE)
+"""What CUDA, MPS, Windows and Linux say."""
 
 
 class Base:
@@ -95,26 +99,45 @@ def load_base(name_or_path: str | Path = "tailor-nano", device: str = "auto", dt
     """Load `tailor-nano` (embedded), a local folder, or a hub id (downloaded once, because you named it).
 
     `device`: auto, cpu, cuda, mps. `dtype`: auto is bfloat16 on a GPU that has it and float32 elsewhere. Safetensors
-    only; code that ships with a model is never run. Raises NotFoundError, AuthError, ConfigError.
+    only; code that ships with a model is never run. Raises NotFoundError, AuthError, ConfigError, and ResourceError
+    when the weights do not fit into memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    config = read_config(resolve(name_or_path, weights=False))  # refused before gigabytes are downloaded
     folder = resolve(name_or_path)
     quiet_loading(folder)
-    where = pick_device(device)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    placement_of(config)
     attention.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        config=config,
-        dtype=pick_dtype(dtype, where),
-        attn_implementation="eager",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    return wrap_model(model, load_tokenizer(folder), where, name=str(name_or_path), folder=folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=kind,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return wrap_model(model, load_tokenizer(folder), where, name=str(name_or_path), folder=folder)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        size, name = count_parameters(config) * kind.itemsize / 2**30, str(kind).removeprefix("torch.")
+        raise ResourceError(
+            f"{name_or_path} does not fit on {where}: its weights take {size:.2g} GiB in {name}",
+            hint="choose a smaller base" if kind.itemsize < 4 else "set dtype: bfloat16, or choose a smaller base",
+        ) from error
+
+
+def count_parameters(config: Any) -> int:
+    """Parameters of a model with this configuration, tied ones once; no memory is taken and no file read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return sum(p.numel() for p in model.parameters())
 
 
 def quiet_loading(folder: Path) -> None:
@@ -131,11 +154,18 @@ def wrap_model(
     """A Base over a transformers model that is already in memory; checks the packed attention against the stock one."""
     attention.register()
     model.to(device).eval()
+    plain_experts(model)
     stock = _stock_probe(model, device)
     model.set_attn_implementation(ATTENTION)
     base = Base(name, folder or Path(), model, tokenizer, device, fingerprint(folder) if folder else "")
     _check_probe(base, stock)
     return base
+
+
+def plain_experts(model: Any) -> None:
+    """Experts one after the other in a float64 model: torch's grouped matrix product has no float64."""
+    if next(model.parameters()).dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
 
 
 def _probe_ids(config: Any) -> list[int]:

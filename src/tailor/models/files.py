@@ -16,17 +16,20 @@ from tailor.runs import home
 EMBEDDED = {"tailor-nano": Path(__file__).parent / "embedded"}
 """Bases that ship with the package."""
 
-WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+FACT_PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+"""Configuration and tokenizer: kilobytes to a few megabytes."""
 
+WEIGHT_PATTERNS = [*FACT_PATTERNS, "*.safetensors"]
 
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 """The same weights once more, in layouts that are not read."""
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """The folder of a base: embedded, a local folder, a full or merged artifact by name, or a hub id (downloads).
 
-    Raises NotFoundError, AuthError for a gated one, ConfigError for a folder without safetensors.
+    Without `weights`, only a hub base's configuration and tokenizer are downloaded. Raises NotFoundError,
+    AuthError for a gated one, ConfigError for a folder without safetensors.
     """
     name = str(name_or_path)
     if name in EMBEDDED:
@@ -41,13 +44,13 @@ def resolve(name_or_path: str | Path) -> Path:
             f"there is no base {name!r}",
             hint=f"{nearest(name, EMBEDDED)}; or give a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M",
         )
-    return _download(name)
+    return _download(name, weights)
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"{folder} holds no config.json", hint="a base is a folder in the Hugging Face layout")
-    if not weight_files(folder):
+    if weights and not weight_files(folder):
         raise ConfigError(
             f"{folder} holds no safetensors weights",
             hint="pickled weights (.bin, .pt) are not read: convert them with safetensors.torch.save_file",
@@ -55,12 +58,25 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    wanted = WEIGHT_PATTERNS if weights else FACT_PATTERNS
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     try:
-        folder = snapshot_download(repository, allow_patterns=WEIGHT_PATTERNS, ignore_patterns=OTHER_LAYOUTS)
+        folder = snapshot_download(repository, allow_patterns=wanted, ignore_patterns=OTHER_LAYOUTS)
+    except HFValidationError as error:
+        raise NotFoundError(
+            f"{repository!r} is neither a folder nor can it be a hub id",
+            hint=f"bundled bases: {', '.join(EMBEDDED)}; a hub id looks like HuggingFaceTB/SmolLM2-135M",
+        ) from error
     except GatedRepoError as error:
         raise AuthError(
             f"{repository} is gated", hint="accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
@@ -70,12 +86,13 @@ def _download(repository: str) -> Path:
             f"the hub has no model {repository!r}", hint="check the spelling, or set HF_TOKEN"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise NotFoundError(
             f"{repository} is neither here nor could it be downloaded{offline}",
             hint="give a local folder, or `tailor-nano`, which needs no network",
         ) from error
-    return _checked(Path(folder))
+    if weights and offline and not weight_files(Path(folder)):
+        raise NotFoundError(f"the weights of {repository} are not here{offline}", hint="unset it to download them")
+    return _checked(Path(folder), weights)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ with the stock one on a probe, so a wrong row is an error and never a wrong answ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,6 +71,18 @@ REFUSED: dict[str, str] = {
     "mamba": "its recurrent state would leak between packed rows",
     "jamba": "its recurrent state would leak between packed rows",
 }
+
+
+def read_config(folder: Path) -> Any:
+    """config.json of a base, refused here when its architecture is. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'config.json'} cannot be used: {str(error).strip().splitlines()[0]}") from error
+    placement_of(config)
+    return config
 
 
 def placement_of(config: Any) -> Placement:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailor.models.base import context_length
-from tailor.models.files import resolve, weight_files
-from tailor.models.placement import placement_of
+from tailor.models.base import context_length, count_parameters
+from tailor.models.files import resolve
+from tailor.models.placement import read_config
 from tailor.text.render import Renderer, make_renderer
 from tailor.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """`max_seq_len` is the context in tokens; `num_parameters` counts what the weight files hold (tied ones once)."""
+    """`max_seq_len` is the context in tokens; `num_parameters` follows from the configuration (tied ones once)."""
 
     name: str
     folder: Path
@@ -34,15 +32,12 @@ class BaseFacts:
 
 
 def base_facts(name_or_path: str | Path) -> BaseFacts:
-    """The facts of a base that `load_base` would load.
+    """The facts of a base that `load_base` would load; the weights of a hub base are not downloaded.
 
     Raises NotFoundError, AuthError, and ConfigError for architectures and templates that are refused.
     """
-    from transformers import AutoConfig
-
-    folder = resolve(name_or_path)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    placement_of(config)
+    folder = resolve(name_or_path, weights=False)
+    config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     return BaseFacts(
         str(name_or_path),
@@ -51,12 +46,5 @@ def base_facts(name_or_path: str | Path) -> BaseFacts:
         tokenizer,
         make_renderer(tokenizer),
         context_length(config),
-        sum(map(_num_parameters, weight_files(folder))),
+        count_parameters(config),
     )
-
-
-def _num_parameters(path: Path) -> int:
-    """Sum of the tensor sizes in a safetensors header: 8 bytes with its length, then JSON."""
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

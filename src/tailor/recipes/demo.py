@@ -27,9 +27,9 @@ HELD_OUT = 0.25
 # Steps that fit the demo's three minutes on two cores; everything else is each technique's default.
 TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prompting": ({"type": "prompting", "shots": 4}, {}),
-    "prompt_tuning": ({"type": "prompt_tuning"}, {"num_steps": 100}),
-    "lora": ({"type": "lora"}, {"num_steps": 70}),
-    "full": ({"type": "full"}, {"num_steps": 60}),
+    "prompt_tuning": ({"type": "prompt_tuning"}, {"num_steps": 160}),
+    "lora": ({"type": "lora"}, {"num_steps": 100}),
+    "full": ({"type": "full"}, {"num_steps": 90}),
 }
 
 
@@ -68,7 +68,7 @@ def demo(say: Callable[[str], None], *, techniques: Sequence[str] = tuple(TECHNI
     say(
         f"{len(parts.train)} tickets to learn from, {len(parts.validation)} held out; base tailor-nano (7 M parameters)"
     )
-    settings = EvalSettings(answer_pattern=ANSWER, metrics=("accuracy", "macro_f1", "rougeL", "perplexity"))
+    settings = EvalSettings(answer_pattern=ANSWER, metrics=("accuracy", "label_accuracy", "rougeL", "perplexity"))
     base = load("tailor-nano")
     rows = [DemoRow("base", evaluate(base.backend, None, parts.validation, settings=settings), 0, 0.0)]
     for name in techniques:

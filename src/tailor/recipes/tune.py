@@ -6,10 +6,10 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from tailor.artifacts import artifact as artifacts
 from tailor.artifacts.artifact import Artifact
@@ -53,6 +53,15 @@ class BaseSettings(Strict):
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
 
 
+def _named(base: Any) -> Any:
+    """`base: tailor-nano` is short for `base: {name: tailor-nano}`; with overrides on it it arrives as `type`."""
+    if isinstance(base, str):
+        return {"name": base}
+    if isinstance(base, dict) and isinstance(base.get("type"), str):
+        return {"name": base["type"], **{key: value for key, value in base.items() if key != "type"}}
+    return base
+
+
 class OutputSettings(Strict):
     """The `output` block."""
 
@@ -64,7 +73,7 @@ class OutputSettings(Strict):
 class TuneRecipe(Strict):
     """A tuning run. A resolved recipe alone repeats it."""
 
-    base: BaseSettings = BaseSettings()
+    base: Annotated[BaseSettings, BeforeValidator(_named)] = BaseSettings()
     data: DataSettings
     technique: TechniqueList
     objective: str = Field("sft", description="what is optimised")

@@ -6,6 +6,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -127,17 +128,20 @@ def rendering_for(settings: DataSettings | None, base: Base, slot: Slot | None) 
     wanted = settings.max_seq_len if settings is not None else None
     if wanted is not None and wanted > base.max_seq_len:
         raise ConfigError(f"data.max_seq_len {wanted} is beyond the base's context of {base.max_seq_len}")
+    prompted_only = slot is not None and slot.compose is not None and not slot.parameters
     return Rendering(
         base.renderer,
         wanted or base.max_seq_len,
         slot.virtual_ids if slot is not None else (),
         slot.compose if slot is not None else None,
-        settings.trained_turns if settings is not None else "all",
+        "last" if prompted_only or settings is None else settings.trained_turns,
         settings.truncation if settings is not None else "drop",
     )
 
 
 def _examples(rendering: Rendering, records: Sequence[Record]) -> list[Example]:
+    if rendering.compose is not None:  # shots are turns too: only the answer to the last question is compared
+        rendering = replace(rendering, trained_turns="last")
     return make_examples(records, rendering)[0]
 
 

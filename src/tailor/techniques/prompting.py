@@ -45,7 +45,9 @@ class Prompting(Technique):
     )
     reasoning: bool = Field(False, description="ask for chain of thought and read the final answer out of it")
     answer_pattern: str | None = Field(None, description="regular expression whose first group is the answer")
-    examples: tuple[Shot, ...] = Field((), description="the shots and a spare (or, for nearest, the pool); filled from the data")
+    examples: tuple[Shot, ...] = Field(
+        (), description="the shots and a spare (or, for nearest, the pool); filled from the data"
+    )
 
     traits: ClassVar[Traits] = Traits(
         trains="nothing",

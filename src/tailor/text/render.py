@@ -77,7 +77,7 @@ class ChatRenderer:
                 hint="use a template whose add_generation_prompt text opens the assistant turn",
             )
         self._lead, tail = piece.split(probe, 1)
-        tail_ids = tokenizer.encode(tail)
+        tail_ids = tokenizer.encode(tail, continues=True)
         at = next((k for k, i in enumerate(tail_ids) if i in tokenizer.special_ids), None)
         if at is None:
             raise ConfigError(
@@ -85,7 +85,7 @@ class ChatRenderer:
                 "a model tuned on it would never learn to stop",
                 hint="add the end-of-turn token (for instance {{ eos_token }}) after the assistant content",
             )
-        self._trail = tokenizer.decode(tail_ids[:at])
+        self._trail = tokenizer.decode(tail_ids[:at], continues=True)
         self._end_of_turn = tail_ids[at]
         self.stop = tuple(dict.fromkeys([tail_ids[at]] + ([tokenizer.eos_id] if tokenizer.eos_id is not None else [])))
 
@@ -103,7 +103,7 @@ class ChatRenderer:
         text = self._text(messages[:end], tools, False)
         token_ids, loss_mask, done = list(prefix_ids), [0] * len(prefix_ids), 0
         for index, (start, stop) in self._turns(messages[:end], tools, text):
-            opening, turn = self.tokenizer.encode(text[done:start]), self.tokenizer.encode(text[start:stop])
+            opening, turn = self._piece(text, done, start), self._piece(text, start, stop)
             token_ids += opening + turn
             loss_mask += [0] * len(opening) + (self._turn_mask(turn) if index in trained else [0] * len(turn))
             trained.discard(index)
@@ -120,13 +120,16 @@ class ChatRenderer:
         text = self._text(messages, tools, True)
         token_ids, done = list(prefix_ids), 0
         for _, (start, stop) in self._turns(messages, tools, text):
-            token_ids += self.tokenizer.encode(text[done:start]) + self.tokenizer.encode(text[start:stop])
+            token_ids += self._piece(text, done, start) + self._piece(text, start, stop)
             done = stop
-        return token_ids + self.tokenizer.encode(text[done:])
+        return token_ids + self._piece(text, done, len(text))
 
     def parse(self, token_ids: Sequence[int]) -> Message:
-        text = self.tokenizer.decode(before_stop(token_ids, self.stop))
+        text = self.tokenizer.decode(before_stop(token_ids, self.stop), continues=True)
         return Message("assistant", text.removeprefix(self._lead).removesuffix(self._trail))
+
+    def _piece(self, text: str, start: int, stop: int) -> list[int]:
+        return self.tokenizer.encode(text[start:stop], continues=start > 0)
 
     def _turns(self, messages: Sequence[Message], tools: Tools, text: str) -> list[tuple[int, tuple[int, int]]]:
         """Character spans (completion start, turn end) of the assistant turns that `text` holds unchanged."""
@@ -192,7 +195,7 @@ class PlainRenderer:
         last = trained[0]
         check_contents(self.tokenizer, [messages[last]])
         prompt = self.prompt(messages[:last], tools=tools, prefix_ids=prefix_ids)
-        completion = [*self.tokenizer.encode(messages[last].content), self._eos]
+        completion = [*self.tokenizer.encode(messages[last].content, continues=True), self._eos]
         return Rendered(prompt + completion, [0] * len(prompt) + [1] * len(completion))
 
     def prompt(self, messages: Sequence[Message], *, tools: Tools = (), prefix_ids: Sequence[int] = ()) -> list[int]:
@@ -202,11 +205,12 @@ class PlainRenderer:
         token_ids = [*prefix_ids, *self._leading]
         for index, message in enumerate(messages):
             closes = message.role in ("assistant", "system", "developer") and index + 1 < len(messages)
-            token_ids += self.tokenizer.encode(message.content + ("\n\n" if closes else ""))
+            text = message.content + ("\n\n" if closes else "")
+            token_ids += self.tokenizer.encode(text, continues=index > 0)
         return token_ids
 
     def parse(self, token_ids: Sequence[int]) -> Message:
-        return Message("assistant", self.tokenizer.decode(before_stop(token_ids, self.stop)))
+        return Message("assistant", self.tokenizer.decode(before_stop(token_ids, self.stop), continues=True))
 
 
 def trained_indices(messages: Sequence[Message], trained_turns: TrainedTurns) -> set[int]:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tailor.errors import NotFoundError
+from tailor.errors import ConfigError, NotFoundError
 
 VIRTUAL = 1 << 30
 """Ids from here on are virtual tokens: VIRTUAL + k is row k of the slot's own table, never a word."""
+
+TEMPLATE_DAY = datetime(2024, 7, 26)
+"""The day that templates which stamp the date see (as `strftime_now` and `date_string`), whatever the day is.
+
+Otherwise the rows of a resumed run, and the prompts of a tuned model, would change overnight. It is the date that
+Llama 3.x's own template falls back to.
+"""
+
+WORD_START = ("\u2581", "\u0120")
+"""How SentencePiece-like and byte-level tokenizers write a space before a word."""
+
+ANCHORS = ("\n", "0", ".")
+"""Texts for a piece to continue; the first that does not melt into the piece's first token is taken."""
 
 
 class Tokenizer:
     """A thin, typed view of a transformers tokenizer: no hidden special tokens, no clean-up, no padding.
 
-    Pieces of text are encoded apart (`encode` never adds anything), so that a prompt's tokens are a prefix of its
-    training example's tokens by construction.
+    Pieces of text are encoded apart (`encode` adds no special tokens), so that a prompt's tokens are a prefix of its
+    training example's tokens by construction. Raises ConfigError for named chat templates none of which is `default`.
     """
 
     def __init__(self, hf: Any) -> None:
@@ -27,21 +41,43 @@ class Tokenizer:
             [int(i) for i, token in hf.added_tokens_decoder.items() if token.special] + list(hf.all_special_ids)
         )
         self.special_texts = tuple(sorted((hf.convert_ids_to_tokens(i) for i in self.special_ids), key=len))
-        self.chat_template: str | None = hf.chat_template if isinstance(hf.chat_template, str) else None
+        self.chat_template, self._tool_template = _templates(hf.chat_template)
+        # a tokenizer may start every text with a space; a piece that continues a text must not get one
+        self._adds_space = "".join(hf.convert_ids_to_tokens(self._ids("a"))).startswith(WORD_START)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids that have a text, special tokens included."""
         return len(self.hf)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one piece; special tokens written in it become their ids, none are added."""
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of one piece; special tokens written in it become their ids, none are added.
+
+        Some tokenizers start every text with a space; a piece that `continues` a text gets none.
+        """
+        if text and continues and self._adds_space:
+            for anchor in ANCHORS:
+                lead, both = self._ids(anchor), self._ids(anchor + text)
+                if both[: len(lead)] == lead:
+                    return both[len(lead) :]
+        return self._ids(text)
+
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
+        """The text of `token_ids`, special tokens included; virtual tokens have none and are left out.
+
+        With `continues` it inverts `encode` of a piece that continues a text.
+        """
+        kept = [i for i in token_ids if i < VIRTUAL]
+        if not (continues and self._adds_space):
+            return self._text(kept)
+        lead = self._ids(ANCHORS[0])
+        return self._text(lead + kept).removeprefix(self._text(lead))
+
+    def _ids(self, text: str) -> list[int]:
         return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, special tokens included; virtual tokens have none and are left out."""
-        kept = [i for i in token_ids if i < VIRTUAL]
-        return str(self.hf.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _text(self, token_ids: list[int]) -> str:
+        return str(self.hf.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def token_text(self, token_id: int) -> str:
         """How one token looks to a reader of the loss mask."""
@@ -57,12 +93,46 @@ class Tokenizer:
         return [i for i in ids if i != self.eos_id or i == self.bos_id]
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], generate: bool) -> str:
-        """The text of `messages` in the tokenizer's own Jinja template."""
+        """The text of `messages` in the tokenizer's own Jinja template, on TEMPLATE_DAY.
+
+        With tools, in the template named `tool_use` where the tokenizer has one.
+        """
+        template = self._tool_template if tools and self._tool_template else self.chat_template
+        _stop_the_clock(template)
         return str(
             self.hf.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generate
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generate,
+                date_string=TEMPLATE_DAY.strftime("%d %b %Y"),
             )
         )
+
+
+def _templates(found: str | Mapping[str, str] | None) -> tuple[str | None, str | None]:
+    """The template for chats, and the one for chats with tools where it is another."""
+    if found is None or isinstance(found, str):
+        return found, None
+    if found and "default" not in found:
+        raise ConfigError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(found))}) and none is named default",
+            hint="save the one to use as chat_template.jinja beside the tokenizer",
+        )
+    return found.get("default"), found.get("tool_use")
+
+
+def _stop_the_clock(template: str | None) -> None:
+    """Let `strftime_now` be TEMPLATE_DAY in the environment that transformers compiles once per template.
+
+    transformers puts the function among the environment's globals and turns callables given to apply_chat_template
+    into text, so there is no other way in.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    if template is not None:
+        _compile_jinja_template(template).environment.globals["strftime_now"] = TEMPLATE_DAY.strftime
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

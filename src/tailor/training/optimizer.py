@@ -12,12 +12,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Schedule = Literal["cosine", "linear", "constant"]
 
 
 class FlatAdamW:
-    """AdamW with fp32 states (float64 for float64 parameters) over the concatenation of all parameters."""
+    """AdamW with fp32 states (float64 for float64 parameters) over the concatenation of all parameters.
+
+    It takes the parameters over until `close`; before another one may train them.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float, betas: tuple[float, float]) -> None:
         self.parameters = dict(parameters)
@@ -28,6 +32,7 @@ class FlatAdamW:
         )
         self._flat.grad = torch.zeros_like(self._flat)
         self._narrow: list[tuple[nn.Parameter, Tensor]] = []
+        self._hooks: list[RemovableHandle] = []
         offset = 0
         for parameter in self.parameters.values():
             part = slice(offset, offset + parameter.numel())
@@ -38,9 +43,17 @@ class FlatAdamW:
                 parameter.data, parameter.grad = value, grad
             else:
                 self._narrow.append((parameter, value))
-                parameter.register_post_accumulate_grad_hook(_accumulate_into(grad))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_accumulate_into(grad)))
             offset = part.stop
         self._adamw = torch.optim.AdamW([self._flat], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def close(self) -> None:
+        """Let go of the parameters: their values stay, gradients no longer arrive here."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -75,18 +88,16 @@ class FlatAdamW:
             self._flat.copy_(state["parameters"])
             for parameter, value in self._narrow:
                 parameter.copy_(value)
-        moments = {
-            k: v.to(v.device if k == "step" else self._flat.device).clone()
-            for k, v in state.items()
-            if k != "parameters"
-        }
+        # fused AdamW keeps its step count on the parameters' device too
+        moments = {k: v.to(self._flat.device, copy=True) for k, v in state.items() if k != "parameters"}
         if moments:
             self._adamw.state[self._flat] = moments
 
 
 def _accumulate_into(grad: Tensor):  # type: ignore[no-untyped-def]
     def hook(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            raise RuntimeError("another FlatAdamW took this parameter's gradient: close() that one first")
         grad.add_(parameter.grad)
         parameter.grad = None
 
