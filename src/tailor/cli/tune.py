@@ -89,7 +89,8 @@ def show(result: Any, as_json: bool) -> None:
             line(f"parity: could not be checked ({parity['error']}); try `tailor verify {artifact.name}`")
         elif parity:
             hops = ", ".join(hop["name"] for hop in parity["hops"])
-            line(f"parity: {'passed' if parity['passed'] else 'FAILED'} ({hops}); noise {parity['noise_floor']:.1e}")
+            floor = "none" if parity["noise_floor"] is None else f"{parity['noise_floor']:.1e}"
+            line(f"parity: {'passed' if parity['passed'] else 'FAILED'} ({hops}); noise {floor}")
 
     for note in facts.get("notes", []):
         say(f"note: {note}")

@@ -274,7 +274,7 @@ def check_embedded() -> Iterator[Checked]:
 
 
 def check_base(name: str) -> Iterator[Checked]:
-    """Tokenizer and template of a base; its weights are not loaded, only their headers read."""
+    """Tokenizer and template of a base; its weights are neither loaded nor fetched."""
     facts = base_facts(name)
     tokenizer, config = facts.tokenizer, facts.config
     yield Checked(name, "architecture", "PASS", f"{config.model_type}, {facts.num_parameters:,} parameters")

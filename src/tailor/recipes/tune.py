@@ -262,10 +262,11 @@ def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
 
 def _loop(prepared: _Prepared, run: Run, slot_run: SlotRun, request: StopRequest, *, quiet: bool) -> None:
     writer = tensorboard_writer(run.folder) if prepared.recipe.train.tensorboard else None
-    with show_progress(slot_run.name, slot_run.resolved.num_steps, slot_run.step, quiet=quiet) as show:
+    device, num_steps = prepared.base.device, slot_run.resolved.num_steps
+    with show_progress(slot_run.name, num_steps, slot_run.step, quiet=quiet, device=device) as show:
 
         def listen(report: StepReport) -> None:
-            _log(run, report, slot_run)
+            _log(run, report, slot_run, device)
             if writer is not None:
                 writer(report)
             show(report)
@@ -290,7 +291,7 @@ def _labels(records: Sequence[Record]) -> list[str] | None:
     return labels if len(labels) <= MAX_LABELS and 2 * len(labels) <= len(records) else None
 
 
-def _log(run: Run, report: StepReport, slot_run: SlotRun) -> None:
+def _log(run: Run, report: StepReport, slot_run: SlotRun, device: torch.device) -> None:
     values: dict[str, Any] = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -298,7 +299,7 @@ def _log(run: Run, report: StepReport, slot_run: SlotRun) -> None:
         "tokens_per_second": round(report.tokens_per_second, 1),
         "seconds": round(report.seconds, 4),
         "num_tokens": slot_run.num_tokens,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(device),
     }
     if report.validation_loss is not None:
         values["validation_loss"] = report.validation_loss
@@ -329,7 +330,7 @@ def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None) -> Tun
             "stopped": slot_run.stopped,
             "num_tokens": slot_run.num_tokens,
             "seconds": round(seconds, 2),
-            "peak_memory": peak_memory(),
+            "peak_memory": peak_memory(prepared.base.device),
         }
     force = recipe.output.force or (run is not None and artifacts.made_by(recipe.output.name, run.name))
     artifact = artifacts.save(recipe.output.name, prepared.base, prepared.slot, prepared.techniques, facts, force=force)

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from tailor.errors import ConflictError, DataError
-from tailor.store import atomic_folder, write_json
+from tailor.store import atomic_folder, recover, write_json
 from tailor.training.trainer import SlotRun
 
 FOLDER = "checkpoint"
@@ -46,6 +46,7 @@ def load_checkpoint(folder: Path, runs: list[SlotRun]) -> bool:
     """Put the runs where the checkpoint left them; False when there is none. Raises ConflictError for another's."""
     from safetensors.torch import load_file
 
+    recover(folder / FOLDER)
     if not (folder / FOLDER).is_dir():
         return False
     for number, run in enumerate(runs):

@@ -179,6 +179,7 @@ def finish(run: SlotRun) -> None:
             f"{run.name}: the loss or its gradient became infinite or NaN at step {run.step}; nothing was trained",
             hint=f"lower train.learning_rate (it was {run.resolved.learning_rate:g})",
         )
+    run.optimizer.close()
     if run.best_state:
         run.slot.load(run.best_state)
 
