@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from tailor.config import Strict
+from tailor.config import Pattern, Strict
 from tailor.data.examples import Example
 from tailor.data.records import Record, completion_of, prompt_of, tools_of
 from tailor.errors import ConfigError, MissingDependencyError, QualityError, nearest, require
@@ -47,7 +46,7 @@ class EvalSettings(Strict):
     metrics: Literal["auto"] | tuple[str, ...] = Field(
         "auto", description="auto: by the kind of task; or a list of names"
     )
-    answer_pattern: str | None = Field(
+    answer_pattern: Pattern | None = Field(
         None, description=r"regular expression that reads the label out of answer and reference, e.g. '^Queue: (\w+)'"
     )
     sampling: SamplingParams | None = Field(
@@ -66,15 +65,6 @@ class EvalSettings(Strict):
         if not metrics:
             raise ValueError("name at least one metric, or auto")
         return metrics
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _pattern_compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ Few-shot: Brown et al. 2020, arXiv:2005.14165. Zero-shot chain of thought: Kojim
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tailor.config import Strict
+from tailor.config import Pattern, Strict
 from tailor.data.records import Conversation, PromptCompletion, Record, completion_of, prompt_of
 from tailor.errors import ConfigError
 from tailor.metrics.answers import FINAL_ANSWER
@@ -44,7 +43,7 @@ class Prompting(Technique):
         "random", description="fixed: the first rows; random: drawn once; nearest: per prompt, by BM25"
     )
     reasoning: bool = Field(False, description="ask for chain of thought and read the final answer out of it")
-    answer_pattern: str | None = Field(None, description="regular expression whose first group is the answer")
+    answer_pattern: Pattern | None = Field(None, description="regular expression whose first group is the answer")
     examples: tuple[Shot, ...] = Field(
         (), description="the shots and a spare (or, for nearest, the pool); filled from the data"
     )
@@ -66,15 +65,6 @@ class Prompting(Technique):
         if "{prompt}" not in template:
             raise ValueError("the template must hold {prompt}, or the model never sees what is asked")
         return template
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _pattern_compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:

@@ -129,10 +129,15 @@ def _stop_the_clock(template: str | None) -> None:
     transformers puts the function among the environment's globals and turns callables given to apply_chat_template
     into text, so there is no other way in.
     """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    from transformers.utils import chat_template_utils
 
-    if template is not None:
-        _compile_jinja_template(template).environment.globals["strftime_now"] = TEMPLATE_DAY.strftime
+    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if template is not None and "strftime_now" in template:
+        if compiled is None:
+            raise ConfigError(
+                "this chat template stamps the date, and this transformers lets nobody stop it"
+            )
+        compiled(template).environment.globals["strftime_now"] = TEMPLATE_DAY.strftime
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
