@@ -105,7 +105,9 @@ def line(name: str, technique: str, tuned: dict[str, Any], scored: dict[str, Any
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """What is worth keeping of a result."""
     tuned = result["tune"]
-    kept = {key: tuned[key] for key in ("metrics", "num_parameters", "parity", "versions") if key in tuned}
+    kept = {key: tuned[key] for key in ("metrics", "num_parameters", "versions") if key in tuned}
+    if "parity" in tuned:
+        kept["parity"] = {key: tuned["parity"][key] for key in ("passed", "noise_floor", "gate")}
     return {**result, "tune": kept, "eval": {k: v for k, v in result["eval"].items() if k != "rows"}}
 
 

@@ -28,8 +28,8 @@ HELD_OUT = 0.25
 TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prompting": ({"type": "prompting", "shots": 4}, {}),
     "prompt_tuning": ({"type": "prompt_tuning"}, {"num_steps": 160}),
-    "lora": ({"type": "lora"}, {"num_steps": 100}),
-    "full": ({"type": "full"}, {"num_steps": 90}),
+    "lora": ({"type": "lora"}, {"num_steps": 140}),
+    "full": ({"type": "full"}, {"num_steps": 120}),
 }
 
 

@@ -27,7 +27,7 @@ class PromptTuning(Technique):
     """Trained virtual tokens in front of the text; the base stays as it is."""
 
     type: Literal["prompt_tuning"] = "prompt_tuning"
-    num_virtual_tokens: int = Field(20, ge=1, description="rows of the prompt table; each costs context like a word")
+    num_virtual_tokens: int = Field(50, ge=1, description="rows of the prompt table; each costs context like a word")
     init: Literal["vocab", "text", "random"] = Field(
         "vocab", description="start from sampled words, from init_text, or from Xavier-normal noise"
     )
@@ -41,7 +41,7 @@ class PromptTuning(Technique):
         mixes=True,
         peft=True,
         rows=(50, 300),
-        defaults=Defaults(learning_rate=3.0, num_epochs=8, min_steps=160, max_steps=3000, per_embedding_rms=True),
+        defaults=Defaults(learning_rate=10.0, num_epochs=8, min_steps=160, max_steps=3000, per_embedding_rms=True),
     )
 
     peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")

@@ -134,9 +134,7 @@ def _stop_the_clock(template: str | None) -> None:
     compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
     if template is not None and "strftime_now" in template:
         if compiled is None:
-            raise ConfigError(
-                "this chat template stamps the date, and this transformers lets nobody stop it"
-            )
+            raise ConfigError("this chat template stamps the date, and this transformers lets nobody stop it")
         compiled(template).environment.globals["strftime_now"] = TEMPLATE_DAY.strftime
 
 
