@@ -59,6 +59,11 @@ def test_eval_scores_gates_and_rows(tuned: str, rows: Path, tmp_path: Path, caps
     assert run(["eval", tuned, str(rows), "--rows", str(results), "--json", "--quiet"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert {"accuracy", "macro_f1", "label_accuracy", "perplexity"} <= set(out["metrics"])
+    assert any("tuned on this very file" in note for note in out["notes"])
+    others = tmp_path / "others.jsonl"
+    others.write_text(rows.read_text().replace("I feel", "He feels"))
+    assert run(["eval", tuned, str(others), "-m", "accuracy", "--json", "--quiet"]) == 0
+    assert not any("this very file" in note for note in json.loads(capsys.readouterr().out)["notes"])
     assert len(results.read_text().splitlines()) == 24
     assert run(["eval", tuned, str(rows), "-m", "accuracy", "--min", "accuracy=1.01", "--quiet"]) == 9
     assert "below the gate" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tailor.data.dataset import ReadSettings, read, skipped_notes
+from tailor.data.readers import Reading
 from tailor.errors import ConfigError, QualityError, nearest
 from tailor.evaluation.evaluate import EvalSettings, Evaluation, Progress
 from tailor.evaluation.evaluate import evaluate as score
@@ -35,7 +36,18 @@ def evaluate(
     evaluation = score(
         customized.backend, customized.name, rows.records, settings=settings, labels=labels, progress=progress
     )
-    return replace(evaluation, notes=[*skipped_notes(rows), *evaluation.notes])
+    return replace(evaluation, notes=[*_seen_note(customized, rows), *skipped_notes(rows), *evaluation.notes])
+
+
+def _seen_note(customized: Customized, rows: Reading) -> list[str]:
+    """A warning when the file is the one that the artifact was tuned on."""
+    artifact = customized.artifact
+    if artifact is None:
+        return []
+    hashes = str(artifact.manifest.get("data", {}).get("content_hash", ""))  # training file + validation file
+    if rows.content_hash != hashes.split("+")[0]:
+        return []
+    return [f"{artifact.name} was tuned on this very file: these scores show memory, not skill"]
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ class Trainer:
             run.best_state = run.slot.state()
         else:
             run.stale += 1
-            if run.settings.patience is not None and run.stale >= run.settings.patience:
+            patience = run.settings.patience
+            if patience is not None and run.stale >= patience and run.step < run.resolved.num_steps:
                 run.stopped = "early stopping"
         return loss
 
