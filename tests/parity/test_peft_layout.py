@@ -202,7 +202,9 @@ def test_starts_that_change_the_base_are_refused(init: str) -> None:
 def test_starts_that_leave_the_base_alone_are_read(init: Any) -> None:
     base = tiny_base()
     config, tensors = LoRA(rank=2).to_peft(base.host.attach([LoRA(rank=2)]))
-    LoRA.from_peft(config | {"init_lora_weights": init}, tensors)
+    technique, state = LoRA.from_peft(config | {"init_lora_weights": init}, tensors)
+    assert technique.rank == 2
+    assert len(state) == len(tensors)
 
 
 def test_a_plain_config_is_enough() -> None:

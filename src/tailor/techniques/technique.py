@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -78,9 +79,9 @@ class Technique(Strict):
         """This technique with what it takes from the training rows filled in (shots)."""
         return self
 
+    @abstractmethod
     def attach(self, slot: Slot) -> None:
         """Add parameters, virtual tokens or prompt rewriting to `slot`. Raises ConfigError when nothing matches."""
-        raise NotImplementedError(f"{type(self).__name__}.attach")
 
     def to_peft(self, slot: Slot) -> PeftFiles:
         """The slot's share of this technique in PEFT's file layout. Raises ConfigError where PEFT has none."""
