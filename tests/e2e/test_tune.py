@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tailor.artifacts.artifact import find
-from tailor.errors import ConflictError, InterruptedRunError
+from tailor.errors import ConflictError, InterruptedRunError, ResourceError
 from tailor.inference.load import load
 from tailor.models.base import load_base
 from tailor.recipes import tune as tune_recipe
@@ -117,8 +118,6 @@ def test_a_killed_run_resumes_to_the_same_numbers(kill_at: int, tiny_folder: Pat
         "log = Run.log; Run.log = lambda self, step, **v: (log(self, step, **v), time.sleep(0.15))[0]; "
         "tune(recipe(Path(sys.argv[2]), Path(sys.argv[3]), 'lora', 'killed'), quiet=True)"
     )
-    import torch
-
     here = Path(__file__)
     environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}"}
     arguments = [str(here.parent), str(tiny_folder), str(rows), str(torch.get_num_threads())]
@@ -253,3 +252,15 @@ def test_verification_renders_rows_as_the_run_did(tiny_folder: Path, tmp_path: P
         assert tune(named, quiet=True).artifact.manifest["parity"]["passed"]
     tokens = [find(name).manifest["parity"]["num_tokens"] for name in ("all", "last")]
     assert tokens[0] == 2 * tokens[1]
+
+
+def test_running_out_of_memory_says_what_to_lower(
+    tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tune_recipe.Trainer, "step", full)
+    with pytest.raises(ResourceError, match="step 1 does not fit"):
+        tune(recipe(tiny_folder, rows, "lora"), quiet=True)
+    assert Run.open("mine").manifest["status"] == "failed"

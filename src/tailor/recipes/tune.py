@@ -22,6 +22,7 @@ from tailor.errors import (
     ConflictError,
     DataError,
     InterruptedRunError,
+    ResourceError,
     TailorError,
     TerminatedRunError,
     nearest,
@@ -253,6 +254,12 @@ def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
             result = _save(prepared, run, slot_run)
         except InterruptedRunError:
             raise
+        except torch.OutOfMemoryError as error:
+            run.set_status("failed")
+            raise ResourceError(
+                f"step {slot_run.step + 1} does not fit into the memory of {prepared.base.device}",
+                hint=f"lower train.tokens_per_batch (it was {recipe.train.tokens_per_batch}; the result stays the same)",
+            ) from error
         except BaseException:
             run.set_status("failed")
             raise
