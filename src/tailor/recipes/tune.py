@@ -258,7 +258,7 @@ def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
             run.set_status("failed")
             raise ResourceError(
                 f"step {slot_run.step + 1} does not fit into the memory of {prepared.base.device}",
-                hint=f"lower train.tokens_per_batch (it was {recipe.train.tokens_per_batch}; the result stays the same)",
+                hint=f"lower train.tokens_per_batch (it was {recipe.train.tokens_per_batch}; the result is the same)",
             ) from error
         except BaseException:
             run.set_status("failed")
