@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tailor.artifacts.artifact import find
-from tailor.errors import ConflictError, InterruptedRunError, ResourceError
+from tailor.errors import ConflictError, DataError, InterruptedRunError, ResourceError
 from tailor.inference.load import load
 from tailor.models.base import load_base
 from tailor.recipes import tune as tune_recipe
@@ -229,6 +229,15 @@ def test_a_loaded_base_is_used_as_it_is(tiny_folder: Path, rows: Path) -> None:
     second = tune(recipe(tiny_folder, rows, "prompt_tuning", "second", num_steps=2), base=base, quiet=True)
     assert first.base is second.base is base
     assert set(base.host.slots) == {first.slot.number, second.slot.number}
+
+
+def test_rows_that_do_not_fit_leave_nothing_on_the_base(tiny_folder: Path, rows: Path) -> None:
+    base = load_base(tiny_folder)
+    settings = recipe(tiny_folder, rows, "lora")
+    short = settings.model_copy(update={"data": settings.data.model_copy(update={"max_seq_len": 8})})
+    with pytest.raises(DataError, match=r"rows\.jsonl:"):
+        tune(short, base=base, quiet=True)
+    assert base.host.slots == {}
 
 
 def test_full_is_not_combined(tiny_folder: Path, rows: Path) -> None:

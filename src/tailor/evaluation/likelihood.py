@@ -35,8 +35,7 @@ def packed_logprobs(
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     done = 0
     for batch in pack([Placed(e, slot_number(slot), k) for k, e in enumerate(examples)], tokens_per_batch):
-        counts = [int(batch.loss_mask[s.start : s.end].sum()) for s in batch.segments]
-        for segment, logprobs in zip(batch.segments, torch.split(base.score(batch), counts), strict=True):
+        for segment, logprobs in zip(batch.segments, base.score_by_segment(batch), strict=True):
             found[segment.index] = logprobs
         done += len(batch.segments)
         if progress is not None:

@@ -91,12 +91,9 @@ class LocalBackend:
             placed.append(Placed(example, slot.number if slot else BASE_SLOT, index))
         scores: list[Tensor] = [torch.empty(0)] * len(placed)
         for batch in pack(placed, self.engine.tokens_per_pass, share_prefixes=True):
-            flat = self.base.score(batch)
-            for segment in batch.segments:
+            for segment, logprobs in zip(batch.segments, self.base.score_by_segment(batch), strict=True):
                 if segment.index >= 0:
-                    before = int(batch.loss_mask[: segment.start].sum())
-                    own = int(batch.loss_mask[segment.start : segment.end].sum())
-                    scores[segment.index] = flat[before : before + own]
+                    scores[segment.index] = logprobs
         return scores
 
     @torch.no_grad()

@@ -86,6 +86,11 @@ class Base:
         with self.host.run(plan):
             return self.batch_logprobs(batch, plan).cpu()
 
+    def score_by_segment(self, batch: Batch) -> list[Tensor]:
+        """`score`, cut into the batch's segments: one (n,) tensor per row of the segment table."""
+        counts = [int(batch.loss_mask[s.start : s.end].sum()) for s in batch.segments]
+        return list(self.score(batch).split(counts))
+
     @torch.no_grad()
     def logits(self, token_ids: list[int], slot: int = 0) -> Tensor:
         """(T, V) logits of one sequence in fp32: for tests, probes and verification."""

@@ -28,6 +28,7 @@ from tailor.errors import (
     nearest,
 )
 from tailor.evaluation.parity import MAX_TWIN_PARAMETERS
+from tailor.evaluation.task import find_task
 from tailor.models.base import Base, load_base
 from tailor.models.slots import Slot
 from tailor.objectives import OBJECTIVES
@@ -42,8 +43,6 @@ from tailor.training.progress import peak_memory, show_progress
 from tailor.training.settings import Resolved, TrainSettings, resolve_settings
 from tailor.training.track import tensorboard_writer
 from tailor.training.trainer import SlotRun, StepReport, Trainer, finish
-
-MAX_LABELS = 200
 
 
 class BaseSettings(Strict):
@@ -194,9 +193,13 @@ def _prepare(recipe: TuneRecipe, base: Base | None) -> _Prepared:
     base = base or load_base(recipe.base.name, recipe.base.device, recipe.base.dtype)
     techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
     slot = base.host.attach(techniques, seed=recipe.train.seed)
-    rendering = rendering_for(recipe.data, base, slot)
-    train, dropped = _bundles(dataset.train, objective, rendering)
-    validation, dropped_too = _bundles(dataset.validation, objective, rendering)
+    try:
+        rendering = rendering_for(recipe.data, base, slot)
+        train, dropped = _bundles(dataset.train, objective, rendering)
+        validation, dropped_too = _bundles(dataset.validation, objective, rendering)
+    except BaseException:
+        base.host.detach(slot)  # the base may be the caller's, to be used again
+        raise
     notes = (*dataset.notes, *_dropped_note([*dropped, *dropped_too], rendering))
     return _Prepared(recipe, base, dataset, techniques, slot, rendering, objective, train, validation, notes)
 
@@ -293,9 +296,10 @@ def _loop(prepared: _Prepared, run: Run, slot_run: SlotRun, request: StopRequest
 
 
 def _labels(records: Sequence[Record]) -> list[str] | None:
-    """The label set of a classification, for later evaluations: few completions that repeat. None for other tasks."""
-    labels = sorted({completion_of(record) for record in records})
-    return labels if len(labels) <= MAX_LABELS and 2 * len(labels) <= len(records) else None
+    """The label set of a classification, for later evaluations; None for other tasks."""
+    completions = [completion_of(record) for record in records]
+    task = find_task(completions, completions)
+    return list(task.labels) if task.kind == "labels" else None
 
 
 def _log(run: Run, report: StepReport, slot_run: SlotRun, device: torch.device) -> None:
