@@ -50,7 +50,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables
-	$(INSTALL) --no-build-isolation --editable .
+	$(INSTALL) --no-build-isolation --editable '.[eval]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

@@ -1,7 +1,7 @@
 """LoRA, prompt tuning and full fine-tuning on two public data sets, by the command line as a user would type it.
 
-Intent routing (banking77: 77 labels, a tenth of the training rows carved out as development split, by a hash of the
-text) and data to text (e2e: the data's own suggested split by meaning representation). Each command runs in its own
+Intent routing (banking77: 77 labels, a tenth of the rows carved out by a hash of the text) and data to text (e2e: the
+data's own suggested split by meaning representation), as `public_data.py` prepares them. Each command runs in its own
 process, so that its peak memory is its own. The data is not part of the project: give the folder that holds banking77/
 and e2e/.
 
@@ -11,8 +11,6 @@ and e2e/.
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
 import os
 import subprocess
@@ -21,30 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from public_data import prepare
+
 TECHNIQUES = ("lora", "full", "prompt_tuning")
 SETTINGS: dict[str, dict[str, list[str]]] = {
     "banking77": {"lora": [], "full": [], "prompt_tuning": ["train.num_epochs=3"]},
     "e2e": {"lora": ["train.num_epochs=2"], "full": ["train.num_epochs=2"], "prompt_tuning": ["train.num_epochs=2"]},
 }
 """Overrides of the defaults; each is printed with the result."""
-
-
-def prepare(folder: Path, name: str, work: Path) -> tuple[Path, Path]:
-    """Write the data set's training and development rows in the home format."""
-    sides: dict[str, list[dict[str, str]]] = {"train": [], "dev": []}
-    file = {"banking77": "train.jsonl.gz", "e2e": "devset.jsonl.gz"}[name]
-    with gzip.open(folder / name / file, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if name == "banking77":
-                side = "dev" if int(hashlib.sha256(row["text"].encode()).hexdigest(), 16) % 10 == 0 else "train"
-                sides[side].append({"prompt": row["text"], "completion": row["category"]})
-            else:
-                sides[row["suggested_split"]].append({"prompt": row["mr"], "completion": row["ref"]})
-    paths = (work / f"{name}-train.jsonl", work / f"{name}-dev.jsonl")
-    for path, rows in zip(paths, sides.values(), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return paths
 
 
 def tailor(*arguments: str) -> dict[str, Any]:
@@ -72,15 +54,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         os.environ.setdefault("TAILOR_HOME", f"{work}/home")
         for name in arguments.data:
-            train, dev = prepare(arguments.folder, name, Path(work))
+            data = prepare(arguments.folder, name, Path(work))
             for technique in ("base", *arguments.techniques):
                 tuned: dict[str, Any] = {}
                 model = "tailor-nano"
                 if technique != "base":
                     model = f"{name}-{technique}"
                     overrides = SETTINGS[name].get(technique, [])
-                    tuned = tailor("tune", str(train), "-t", technique, "-n", model, "--force", *overrides)
-                scored = tailor("eval", model, str(dev))
+                    tuned = tailor("tune", str(data.train), "-t", technique, "-n", model, "--force", *overrides)
+                scored = tailor("eval", model, str(data.test))
                 results.append({"data": name, "technique": technique, "tune": tuned, "eval": scored})
                 print(line(name, technique, tuned, scored), flush=True)
                 if arguments.output:

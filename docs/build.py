@@ -37,8 +37,11 @@ def folder_map() -> str:
     lines += ["", "<details><summary>Every file</summary>", ""]
     for name in folders:
         lines += [f"- `{name}/`"]
-        paths = [path for path in sorted((SOURCE / name).rglob("*.py")) if path.name != "__init__.py"]
-        lines += [f"  - `{path.relative_to(SOURCE / name).as_posix()}` {_summary(path)}" for path in paths]
+        own = SOURCE / name
+        paths = [path for path in sorted(own.rglob("*.py")) if path != own / "__init__.py"]
+        lines += [
+            f"  - `{path.relative_to(own).as_posix().removesuffix('__init__.py')}` {_summary(path)}" for path in paths
+        ]
     return "\n".join([*lines, "", "</details>"])
 
 

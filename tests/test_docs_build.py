@@ -107,9 +107,10 @@ def test_drift_is_a_diff_and_an_exit_code(
 def test_the_map_names_every_folder_and_file(build: ModuleType) -> None:
     made = build.folder_map()
     for path in (ROOT / "src" / "tailor").rglob("*.py"):
-        folder, _, file = path.relative_to(ROOT / "src" / "tailor").as_posix().rpartition("/")
+        folder, _, file = path.relative_to(ROOT / "src" / "tailor").as_posix().partition("/")
         if path != ROOT / "src" / "tailor" / "__init__.py":
-            assert f"`{folder}/`" in made if file == "__init__.py" else f"`{file}`" in made
+            named = file.removesuffix("__init__.py") or f"{folder}/"
+            assert f"`{named if file else folder}`" in made
 
 
 def test_the_techniques_page_follows_the_registry(build: ModuleType) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tailor.inference.scripted import ScriptedBackend
     from tailor.models.base import load_base
     from tailor.objectives import OBJECTIVES
+    from tailor.recipes.compare import compare
+    from tailor.recipes.compare_settings import CompareRecipe
     from tailor.recipes.evaluate import evaluate
     from tailor.recipes.tune import TuneRecipe, resume, tune
     from tailor.recipes.verify import verify
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompareRecipe",
     "Full",
     "LoRA",
     "Message",
@@ -40,6 +43,7 @@ __all__ = [
     "TECHNIQUES",
     "TailorError",
     "TuneRecipe",
+    "compare",
     "evaluate",
     "load",
     "load_base",
@@ -50,6 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CompareRecipe": "tailor.recipes.compare_settings",
     "Full": "tailor.techniques.full",
     "LoRA": "tailor.techniques.lora",
     "Message": "tailor.text.messages",
@@ -61,6 +66,7 @@ _HOMES = {
     "TECHNIQUES": "tailor.techniques",
     "TailorError": "tailor.errors",
     "TuneRecipe": "tailor.recipes.tune",
+    "compare": "tailor.recipes.compare",
     "evaluate": "tailor.recipes.evaluate",
     "load": "tailor.inference.load",
     "load_base": "tailor.models.base",

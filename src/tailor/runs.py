@@ -40,17 +40,14 @@ class Run:
         `manifest` is what the caller knows (`num_threads`, hashes); name, times, status and versions are added.
         Raises ConfigError when the name cannot be a folder.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise ConfigError(
-                f"{name!r} cannot name a run: use up to 100 of a-z A-Z 0-9 . _ - and begin with one of a-z A-Z 0-9"
-            )
+        check_run_name(name)
         now = datetime.datetime.now(datetime.UTC)
         parent = home() / "runs"
         draft = parent / f".{secrets.token_hex(4)}.tmp"
         draft.mkdir(parents=True)
         write_text(draft / "recipe.yaml", recipe_text)
         write_text(draft / "metrics.jsonl", "")
-        facts = {"name": name, "status": "running", "created": now.isoformat(), "versions": _versions()}
+        facts = {"name": name, "status": "running", "created": now.isoformat(), "versions": versions()}
         write_json(draft / "run.json", {**manifest, **facts})
         stem = f"{name}-{now.astimezone():%Y%m%d-%H%M%S}"
         folder, n = parent / stem, 1
@@ -119,22 +116,8 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run: raises ConflictError while another holder lives. The system lets go when a process dies."""
-        import fcntl  # not on Windows
-
-        with open(self.folder / ".lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
-                raise ConflictError(
-                    f"run {self.name} is in use" + (f" by process {holder}" if holder else ""),
-                    hint="wait for it, or stop that process first",
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        """Hold the run: raises ConflictError while another holder lives."""
+        with hold(self.folder, f"run {self.name}"):
             yield
 
     @property
@@ -164,14 +147,48 @@ class Run:
         self._whole = True
 
 
+def check_run_name(name: str) -> str:
+    """A name that can be a folder's. Raises ConfigError for others."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(
+            f"{name!r} cannot name a run: use up to 100 of a-z A-Z 0-9 . _ - and begin with one of a-z A-Z 0-9"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def hold(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder (made if need be) while the block runs; the system lets go when a process dies.
+
+    Raises ConflictError while another process holds it; `what` is what people call it.
+    """
+    import fcntl  # not on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise ConflictError(
+                f"{what} is in use" + (f" by process {holder}" if holder else ""),
+                hint="wait for it, or stop that process first",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def list_runs() -> list[Run]:
     """All runs under the home, newest first."""
     runs = [Run(path.parent) for path in (home() / "runs").glob("*/run.json") if not path.parent.name.startswith(".")]
     return sorted(runs, key=lambda run: str(run.manifest["created"]), reverse=True)
 
 
-def _versions() -> dict[str, str]:
-    """Read from the installed packages' metadata: importing torch to ask would take seconds."""
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide results; from their metadata: importing torch to ask takes seconds."""
     versions = {"python": platform.python_version()}
     for name, distribution in (("tailor", "tailor-llm"), ("torch", "torch"), ("transformers", "transformers")):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

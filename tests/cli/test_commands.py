@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tailor.cli.main import run
+from tailor.data.readers import read_records
 from tailor.data.records import PromptCompletion
+from tailor.data.writers import write_records
 from tailor.recipes import demo as demo_recipe
 
 
@@ -138,18 +140,18 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
 
 
 def test_the_demo_compares_and_says_what_next(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = demo_recipe.read_records(demo_recipe.SAMPLE).records
+    rows = read_records(demo_recipe.SAMPLE).records
     assert len(rows) > 300
     assert all(isinstance(r, PromptCompletion) for r in rows)
-    few = type("Few", (), {"records": rows[:32]})
-    monkeypatch.setattr(demo_recipe, "read_records", lambda path: few)
-    techniques = {"prompting": demo_recipe.TECHNIQUES["prompting"], "lora": ({"type": "lora"}, {"num_steps": 2})}
-    monkeypatch.setattr(demo_recipe, "TECHNIQUES", techniques)
+    write_records(tmp_path / "few.jsonl", rows[:32])
+    monkeypatch.setattr(demo_recipe, "SAMPLE", tmp_path / "few.jsonl")
+    monkeypatch.setattr(demo_recipe, "TECHNIQUES", {"prompting": {}, "lora": {"num_steps": 2}})
     assert run(["demo", "--quiet"]) == 0
     out = capsys.readouterr().out
-    assert "queue written" in out
+    assert "accuracy" in out
     assert "prompting" in out
+    assert "report.html" in out
     assert out.count("ticket  ") == 3
-    assert "tailor tune YOUR.jsonl" in out
+    assert "tailor compare YOUR.jsonl" in out

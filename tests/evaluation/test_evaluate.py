@@ -13,7 +13,7 @@ from test_likelihood import by_logits
 from tailor.data.examples import Example
 from tailor.data.records import Conversation, PromptCompletion, Record, Source
 from tailor.errors import ConfigError, DataError, MissingDependencyError, NotFoundError, QualityError
-from tailor.evaluation.evaluate import EvalSettings, evaluate
+from tailor.evaluation.evaluate import EvalSettings, Evaluation, evaluate, evaluate_answers
 from tailor.inference.backend import Completion, Request, SamplingParams
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base
@@ -215,6 +215,53 @@ def test_rows_that_do_not_fit_and_unknown_customizations_are_refused_before_any_
     with pytest.raises(NotFoundError):
         evaluate(backend, "nobody", rows(["a", "b"]))
     assert backend.requests == []
+
+
+def by_answers(found: Evaluation) -> tuple[dict[str, object], list[tuple[object, ...]]]:
+    """What answers alone decide of an evaluation: those metrics, and every row's part of them."""
+    keep = [name for name in found.metrics if name not in ("label_accuracy", "perplexity")]
+    rows = [
+        (
+            row.source,
+            row.prompt,
+            row.reference,
+            row.completion,
+            row.answer,
+            {n: row.scores[n] for n in keep if n in row.scores},
+        )
+        for row in found.rows
+    ]
+    return {name: found.metrics[name] for name in keep}, rows
+
+
+@pytest.mark.parametrize("max_rows", [None, 5])
+@pytest.mark.parametrize("pattern", [None, QUEUE])
+def test_given_answers_are_scored_like_generated_ones(base: Base, pattern: str | None, max_rows: int | None) -> None:
+    texts = [f"Queue: {queue}\nReply: number {k % 3}" for k, queue in enumerate(["billing", "sales"] * 6)]
+    records = rows(texts if pattern else ["billing", "sales"] * 6)
+    given = [f" {texts[(5 * k) % 12] if pattern else ('sales', 'tech', 'billing ')[k % 3]}\n" for k in range(12)]
+    settings = EvalSettings(answer_pattern=pattern, max_rows=max_rows, seed=2)
+    backend = Scripted(base, lambda prompt: given[int(prompt.split()[-1])])
+    generated = evaluate(backend, None, records, settings=settings, labels=["tech", texts[0]])
+    found = evaluate_answers(given, records, settings=settings, labels=["tech", texts[0]], name="by hand")
+    assert by_answers(found) == by_answers(generated)
+    assert (found.kind, found.reason, found.num_rows) == (generated.kind, generated.reason, max_rows or 12)
+    assert found.artifact == found.to_dict()["artifact"] == "by hand"
+    assert not {"label_accuracy", "perplexity"} & set(found.metrics)
+    assert found.notes == [note for note in generated.notes if "label_accuracy" not in note]
+
+
+def test_answers_have_no_likelihood_and_there_is_one_for_each_row(base: Base) -> None:
+    records = rows(["one text", "another text", "a third"])
+    found = evaluate_answers(["one text", "", "third"], records)
+    assert found.metrics["exact_match"].mean == pytest.approx(1 / 3)
+    assert found.rows[1].completion == ""
+    assert not any("perplexity" in note for note in found.notes)
+    for name in ("perplexity", "label_accuracy"):
+        with pytest.raises(ConfigError, match=f"{name} cannot be computed here: it asks the model"):
+            evaluate_answers(["x"] * 3, records, settings=EvalSettings(metrics=(name,)))
+    with pytest.raises(DataError, match="2 answers cannot be compared with 3 rows"):
+        evaluate_answers(["x"] * 2, records)
 
 
 def test_a_broken_model_is_named() -> None:

@@ -1,4 +1,4 @@
-"""`tailor resume`: go on with an interrupted run."""
+"""`tailor resume`: go on with an interrupted run or comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, Quiet
+from tailor.cli.output import AsJson, Quiet, say, stages
 from tailor.cli.tune import show
 
 app = typer.Typer(add_completion=False)
@@ -14,11 +14,21 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def resume(
-    run: Annotated[str, typer.Argument(help="The run's name, its artifact's name (its latest run), or its folder.")],
+    run: Annotated[
+        str, typer.Argument(help="The run's name, its artifact's name (its latest run), its folder, or a comparison.")
+    ],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with an interrupted or killed run, to the result it would have had."""
+    """Go on with an interrupted or killed run or comparison, to the result it would have had."""
+    from tailor.recipes.compare import resume_comparison, unfinished
     from tailor.recipes.tune import resume as run_resume
 
-    show(run_resume(run, quiet=quiet), as_json)
+    if run not in unfinished():
+        show(run_resume(run, quiet=quiet), as_json)
+        return
+    from tailor.cli.compare import show as show_comparison
+
+    with stages(quiet) as progress:
+        result = resume_comparison(run, progress=progress, say=(lambda text: None) if quiet else say)
+    show_comparison(result, as_json)

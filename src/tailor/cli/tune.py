@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, emit, pairs, say
+
+if TYPE_CHECKING:
+    from tailor.recipes.tune import TuneRecipe
+
+Source = Annotated[str, typer.Argument(help="A data file, or a recipe (.yaml).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings, e.g. technique.rank=8 train.num_epochs=3 ~data.validation")
+]
+Technique = Annotated[str | None, typer.Option("--technique", "-t", help="Technique for a data file.")]
+Base = Annotated[str | None, typer.Option("--base", "-b", help="tailor-nano, a local folder, or a hub id.")]
+Validation = Annotated[str | None, typer.Option("--validation", help="A validation file; else 10 % is set aside.")]
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def tune(
-    source: Annotated[str, typer.Argument(help="A data file, or a recipe (.yaml).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings, e.g. technique.rank=8 train.num_epochs=3 ~data.validation")
-    ] = None,
-    technique: Annotated[str | None, typer.Option("--technique", "-t", help="Technique for a data file.")] = None,
-    base: Annotated[str | None, typer.Option("--base", "-b", help="tailor-nano, a local folder, or a hub id.")] = None,
+    source: Source,
+    overrides: Overrides = None,
+    technique: Technique = None,
+    base: Base = None,
     name: Annotated[str | None, typer.Option("--name", "-n", help="The artifact's name.")] = None,
-    validation: Annotated[
-        str | None, typer.Option("--validation", help="A validation file; else 10 % is set aside.")
-    ] = None,
+    validation: Validation = None,
     columns: Columns = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -37,11 +45,8 @@ def tune(
 
     Ctrl-C saves a checkpoint; `tailor resume` goes on. Every setting has a default measured for the technique.
     """
-    from tailor.config import load_recipe
-    from tailor.recipes.tune import TuneRecipe
     from tailor.recipes.tune import tune as run_tune
 
-    is_recipe = source.endswith((".yaml", ".yml"))
     given = {
         "technique": technique,
         "base.name": base,
@@ -52,15 +57,26 @@ def tune(
         "output.force": "true" if force else None,
         "output.verify": None if verify else "false",
     }
+    recipe = recipe_from(source, given, columns, overrides or ())
+    show(run_tune(recipe, quiet=quiet), as_json)
+
+
+def recipe_from(
+    source: str, given: Mapping[str, str | None], columns: list[str] | None, overrides: Sequence[str]
+) -> TuneRecipe:
+    """The recipe of that name, or one for a data file, with the flags that were `given` and then the overrides."""
+    from tailor.config import load_recipe
+    from tailor.recipes.tune import TuneRecipe
+
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     flags += [f"data.columns.{ours}={theirs}" for ours, theirs in pairs(columns, "--columns").items()]
+    is_recipe = source.endswith((".yaml", ".yml"))
     defaults: dict[str, Any] = {}
     if not is_recipe:
         stem = Path(source).name.split(".")[0] or "data"
-        kind = technique or "lora"
+        kind = given["technique"] or "lora"
         defaults = {"data": {"train": source}, "technique": kind, "output": {"name": f"{stem}-{kind}"}}
-    loaded = load_recipe(source if is_recipe else None, TuneRecipe, [*flags, *(overrides or [])], defaults)
-    show(run_tune(loaded.recipe, quiet=quiet), as_json)
+    return load_recipe(source if is_recipe else None, TuneRecipe, [*flags, *overrides], defaults).recipe
 
 
 def show(result: Any, as_json: bool) -> None:

@@ -1,10 +1,9 @@
-"""Evaluate one customization on held-out rows: every metric with its interval, every row kept."""
+"""Evaluate one customization, or answers from elsewhere, on held-out rows: every metric with its interval."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -13,24 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from tailor.config import Pattern, Strict
-from tailor.data.examples import Example
-from tailor.data.records import Record, completion_of, prompt_of, tools_of
-from tailor.errors import ConfigError, MissingDependencyError, QualityError, nearest, require
-from tailor.evaluation.likelihood import completion_logprobs, packed_logprobs
+from tailor.data.records import Record, completion_of, prompt_of
+from tailor.errors import ConfigError, DataError, MissingDependencyError, nearest, require
+from tailor.evaluation.passes import Passes, Progress
 from tailor.evaluation.scores import METRICS, Group, Outcome, metric_named
 from tailor.evaluation.task import MAX_LABELS, Kind, Task, answered, answers_of, find_task, known_answers
-from tailor.inference.backend import Completion, FinishReason, Request, SamplingParams
+from tailor.inference.backend import Completion, FinishReason, SamplingParams
 from tailor.inference.local import LocalBackend
 from tailor.metrics.answers import extract_answer
 from tailor.metrics.bootstrap import Interval
 from tailor.store import write_text
-
-Progress = Callable[[str, int, int], None]
-"""Told (stage, rows done, rows in all)."""
-
 
 _GROUPS: dict[Kind, tuple[Group, ...]] = {
     "labels": ("labels", "likelihood"),
@@ -86,7 +79,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one customization (`artifact` None: the plain base) over `num_rows` rows.
+    """Scores of one customization (`artifact` None: the plain base), or of given answers, over `num_rows` rows.
 
     `kind` says what the rows were taken for, `reason` why; `notes` are what a reader of the numbers must know.
     """
@@ -138,205 +131,198 @@ def evaluate(
     package is missing; QualityError when the model gives no finite logprobs.
     """
     started = time.perf_counter()
-    settings = settings or EvalSettings()
-    run = _Run(backend, artifact, settings, progress, [])
-    records = run.drawn(answered(records))
-    references = [completion_of(record) for record in records]
-    answers = answers_of(records, references, settings.answer_pattern)
-    known, unread = known_answers(labels or (), settings.answer_pattern)
-    if unread:
-        run.notes.append(f"{unread} of {len(labels or ())} known completions do not match the answer pattern")
-    task = find_task(references, answers, known, settings.answer_pattern)
-    names = run.names(task)
-    outcomes, completions = run.outcomes(names, records, references, task)
-    metrics = {
-        name: METRICS[name].interval(outcomes, confidence=settings.confidence, seed=settings.seed) for name in names
-    }
-    for name in names:
-        if (signature := METRICS[name].signature) is not None:
-            run.notes.append(f"{name}: {signature(outcomes)}")
-    rows = [
-        _row(names, record, outcomes[k], completions[k] if completions else None, run.answer)
-        for k, record in enumerate(records)
-    ]
-    return Evaluation(artifact, task.kind, task.reason, metrics, rows, run.notes, time.perf_counter() - started)
+    chosen = _Chosen.of(records, settings or EvalSettings(), labels)
+    slot = backend.slot(artifact)
+    auto = chosen.settings.metrics == "auto"
+    reasons = auto and slot is not None and slot.answer_pattern is not None
+    names = chosen.metric_names(_usual(chosen.task), lambda name: _obstacle(name, chosen.task, reasons))
+    needs = {METRICS[name].needs for name in names}
+    passes = Passes.over(backend, artifact, chosen.records, progress)
+    found = _Found()
+    if "completions" in needs:
+        sampling = chosen.settings.sampling or passes.usual_sampling()
+        found.completions = passes.generate(sampling)
+        if cut := sum(c.finish_reason == "length" for c in found.completions):
+            chosen.notes.append(
+                f"{cut} of {len(chosen.records)} completions were cut at {sampling.max_new_tokens} tokens"
+            )
+    if "label scores" in needs:
+        found.labels = passes.choose_labels(chosen.task)
+    if "likelihood" in needs:
+        found.sums = passes.likelihood()
+    return chosen.evaluation(artifact, names, found, started)
+
+
+def evaluate_answers(
+    answers: Sequence[str],
+    records: Sequence[Record],
+    *,
+    settings: EvalSettings | None = None,
+    labels: Sequence[str] | None = None,
+    name: str | None = None,
+) -> Evaluation:
+    """Score answers that no backend generated (a baseline's, a person's), one per record, under `name`.
+
+    The same rows in the same order as `evaluate` with the same settings, scored by the same metrics. Those that ask a
+    model (label scores, likelihood) are left out of `auto`. Raises ConfigError for one of them that is named, DataError
+    when there is not one answer per record, and what `evaluate` raises for the records.
+    """
+    started = time.perf_counter()
+    if len(answers) != len(records):
+        raise DataError(f"{len(answers)} answers cannot be compared with {len(records)} rows: give one per row")
+    chosen = _Chosen.of(records, settings or EvalSettings(), labels)
+    usual = [metric for metric in _usual(chosen.task) if METRICS[metric].needs == "completions"]
+    names = chosen.metric_names(usual, _beyond_answers)
+    texts = [answers[k] for k in chosen.indices]
+    found = _Found(completions=[Completion(text, (), (), "stop", 0, text) for text in texts])
+    return chosen.evaluation(name, names, found, started)
+
+
+@dataclass
+class _Found:
+    """What the answers' source gave, row by row; None for what was not asked of it."""
+
+    completions: list[Completion] | None = None
+    labels: list[str] | None = None
+    sums: list[tuple[float, int]] | None = None
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One evaluation under way: whose, how, and the notes it has gathered."""
+class _Chosen:
+    """The rows of one evaluation (`indices` of those given), what task they are, and the notes it gathers."""
 
-    backend: LocalBackend
-    artifact: str | None
     settings: EvalSettings
-    progress: Progress | None
+    indices: list[int]
+    records: list[Record]
+    references: list[str]
+    task: Task
     notes: list[str]
 
-    def stage(self, name: str, total: int) -> Callable[[int], None]:
-        def tell(done: int) -> None:
-            if self.progress is not None:
-                self.progress(name, done, total)
+    @staticmethod
+    def of(records: Sequence[Record], settings: EvalSettings, labels: Sequence[str] | None) -> _Chosen:
+        notes: list[str] = []
+        usable = answered(records)
+        indices = _drawn(len(usable), settings, notes)
+        kept = [usable[k] for k in indices]
+        references = [completion_of(record) for record in kept]
+        right = answers_of(kept, references, settings.answer_pattern)
+        known, unread = known_answers(labels or (), settings.answer_pattern)
+        if unread:
+            notes.append(f"{unread} of {len(labels or ())} known completions do not match the answer pattern")
+        task = find_task(references, right, known, settings.answer_pattern)
+        return _Chosen(settings, indices, kept, references, task, notes)
 
-        return tell
-
-    def drawn(self, records: list[Record]) -> list[Record]:
-        """At most `max_rows` of them, drawn once and kept in order."""
-        limit = self.settings.max_rows
-        if limit is None or limit >= len(records):
-            return records
-        self.notes.append(f"{limit} of {len(records)} rows, drawn with seed {self.settings.seed}")
-        kept = sorted(random.Random(self.settings.seed).sample(range(len(records)), limit))
-        return [records[k] for k in kept]
-
-    def names(self, task: Task) -> list[str]:
-        """The metrics to compute. What `auto` must leave out is noted; what was asked for and cannot be raises."""
+    def metric_names(self, usual: Sequence[str], obstacle: Callable[[str], str | None]) -> list[str]:
+        """The metrics to compute. What `auto` (the usual ones) must leave out is noted; what was asked for raises."""
         asked = self.settings.metrics
         names = []
-        for name in METRICS if asked == "auto" else dict.fromkeys(asked):
+        for name in usual if asked == "auto" else dict.fromkeys(asked):
             metric = metric_named(name)
-            if asked == "auto" and not _belongs(name, task):
-                continue
-            obstacle = self._obstacle(name, task, asked == "auto")
-            if obstacle and asked != "auto":
-                raise ConfigError(f"{name} cannot be computed here: {obstacle}")
+            reason = obstacle(name)
+            if reason and asked != "auto":
+                raise ConfigError(f"{name} cannot be computed here: {reason}")
             try:
                 if metric.package is not None:
                     require(metric.package, "eval")
             except MissingDependencyError as error:
                 if asked != "auto":
                     raise
-                obstacle = f"{error.message} ({error.hint})"
-            if obstacle:
-                self.notes.append(f"no {name}: {obstacle}")
+                reason = f"{error.message} ({error.hint})"
+            if reason:
+                self.notes.append(f"no {name}: {reason}")
             else:
                 names.append(name)
         return names
 
-    def _obstacle(self, name: str, task: Task, auto: bool) -> str | None:
-        if METRICS[name].needs != "label scores":
-            return None
-        if len(task.labels) > MAX_LABELS:
-            return f"{len(task.labels)} labels are more than the {MAX_LABELS} that are scored for every row"
-        if task.frame is None:
-            return "the references write different texts around the label, so labels cannot be scored as completions"
-        slot = self.backend.slot(self.artifact)
-        if auto and slot is not None and slot.answer_pattern is not None:
-            return "this customization reasons before it answers"
-        return None
+    def evaluation(self, name: str | None, names: Sequence[str], found: _Found, started: float) -> Evaluation:
+        """Every metric over the rows, and every row's own scores."""
+        outcomes = self._outcomes(found)
+        settings = self.settings
+        metrics = {
+            metric: METRICS[metric].interval(outcomes, confidence=settings.confidence, seed=settings.seed)
+            for metric in names
+        }
+        for metric in names:
+            if (signature := METRICS[metric].signature) is not None:
+                self.notes.append(f"{metric}: {signature(outcomes)}")
+        rows = [
+            self._row(names, record, outcomes[k], found.completions[k] if found.completions else None)
+            for k, record in enumerate(self.records)
+        ]
+        seconds = time.perf_counter() - started
+        return Evaluation(name, self.task.kind, self.task.reason, metrics, rows, self.notes, seconds)
 
-    def outcomes(
-        self, names: Sequence[str], records: Sequence[Record], references: Sequence[str], task: Task
-    ) -> tuple[list[Outcome], list[Completion] | None]:
-        """Run the passes that the metrics need. Examples come first: a row that does not fit is refused at once."""
-        needs = {METRICS[name].needs for name in names}
-        examples = self._examples(records)
-        prompts = [prompt_of(record) for record in records]
-        completions = None
-        if "completions" in needs:
-            sampling = self.settings.sampling or self._sampling(examples)
-            requests = [
-                Request(prompt, self.artifact, sampling, tools_of(record))
-                for prompt, record in zip(prompts, records, strict=True)
-            ]
-            completions = self.backend.generate(requests, self.stage("generate", len(requests)))
-            if cut := sum(c.finish_reason == "length" for c in completions):
-                self.notes.append(f"{cut} of {len(records)} completions were cut at {sampling.max_new_tokens} tokens")
-        chosen: list[str | None] = [None] * len(records)
-        if "label scores" in needs:
-            chosen = list(self._choose(prompts, task))
-        sums = self._likelihood(examples) if "likelihood" in needs else [(0.0, 1)] * len(records)
-        known = set(task.labels)
+    def _outcomes(self, found: _Found) -> list[Outcome]:
+        known = set(self.task.labels)
         outcomes = []
-        for k, reference in enumerate(references):
-            predicted = None if completions is None else self.answer(completions[k])
+        for k, reference in enumerate(self.references):
+            completion = found.completions[k] if found.completions else None
+            predicted = self._answer(completion)
+            logprob, num_tokens = found.sums[k] if found.sums else (0.0, 1)
             outcomes.append(
                 Outcome(
                     reference=reference,
-                    label=task.answers[k],
-                    completion="" if completions is None else completions[k].answer,
+                    label=self.task.answers[k],
+                    completion=completion.answer if completion else "",
                     predicted=predicted if predicted in known else None,
-                    chosen=chosen[k],
-                    logprob=sums[k][0],
-                    num_tokens=sums[k][1],
+                    chosen=found.labels[k] if found.labels else None,
+                    logprob=logprob,
+                    num_tokens=num_tokens,
                 )
             )
-        return outcomes, completions
+        return outcomes
 
-    def answer(self, completion: Completion) -> str | None:
+    def _answer(self, completion: Completion | None) -> str | None:
         """What the label metrics compare: found by the settings' pattern, else by the customization's own."""
+        if completion is None:
+            return None
         pattern = self.settings.answer_pattern
         return completion.answer.strip() if pattern is None else extract_answer(completion.text, pattern)
 
-    def _examples(self, records: Sequence[Record]) -> list[Example]:
-        rendering = dataclasses.replace(self.backend.rendering(self.artifact), trained_turns="last")
-        examples = [rendering.example(record) for record in records]
-        return [example for example in examples if example is not None]  # this rendering raises, it never drops a row
-
-    def _sampling(self, examples: Sequence[Example]) -> SamplingParams:
-        """Greedy, 1.5 × the longest reference + 8 tokens: a model that never stops costs no minutes.
-
-        One that reasons first gets at least the usual length: references do not show how long that is.
-        """
-        longest = max(example.num_targets for example in examples)
-        tokens = math.ceil(1.5 * longest) + 8
-        slot = self.backend.slot(self.artifact)
-        if slot is not None and slot.answer_pattern is not None:
-            tokens = max(tokens, SamplingParams().max_new_tokens)
-        return SamplingParams(max_new_tokens=min(tokens, self.backend.base.max_seq_len))
-
-    def _choose(self, prompts: Sequence[Any], task: Task) -> list[str]:
-        """The label of highest summed logprob for each prompt."""
-        assert task.frame is not None
-        candidates = [task.frame.around(label) for label in task.labels]
-        stage = self.stage("score labels", len(prompts))
-        scores = completion_logprobs(
-            self.backend, self.artifact, prompts, candidates, ends=task.frame.ends, progress=stage
+    def _row(self, names: Sequence[str], record: Record, outcome: Outcome, completion: Completion | None) -> RowResult:
+        users = [message.content for message in prompt_of(record) if message.role == "user"]
+        scorers = {name: row for name in names if (row := METRICS[name].row) is not None}
+        return RowResult(
+            source=str(record.source),
+            prompt=users[-1] if users else "",
+            reference=outcome.reference,
+            completion=None if completion is None else completion.text,
+            answer=self._answer(completion),
+            scores={name: score(outcome) for name, score in scorers.items()},
+            finish_reason=None if completion is None else completion.finish_reason,
         )
-        return [task.labels[k] for k in self._finite(scores).argmax(dim=1).tolist()]
-
-    def _likelihood(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
-        """(summed logprob, number of counted tokens) of each row's reference."""
-        found = packed_logprobs(
-            self.backend.base,
-            self.backend.slot(self.artifact),
-            examples,
-            tokens_per_batch=self.backend.engine.tokens_per_pass,
-            progress=self.stage("perplexity", len(examples)),
-        )
-        return [(float(self._finite(logprobs).double().sum()), len(logprobs)) for logprobs in found]
-
-    def _finite(self, logprobs: Tensor) -> Tensor:
-        if not bool(logprobs.isfinite().all()):
-            raise QualityError(
-                f"{self.artifact or 'the base'} gives logprobs that are NaN or infinite: its weights are broken",
-                hint="if it was trained, lower train.learning_rate and train again",
-            )
-        return logprobs
 
 
-def _belongs(name: str, task: Task) -> bool:
-    """Whether `auto` computes this metric for this kind of task."""
-    group = METRICS[name].group
-    if group == "labels" and task.kind == "answers and text":
-        return name == "accuracy"  # the answers are no label set: there is nothing to average over or to score
-    return group in _GROUPS[task.kind]
+def _drawn(num_rows: int, settings: EvalSettings, notes: list[str]) -> list[int]:
+    """Indices of at most `max_rows` rows, drawn once and kept in order."""
+    limit = settings.max_rows
+    if limit is None or limit >= num_rows:
+        return list(range(num_rows))
+    notes.append(f"{limit} of {num_rows} rows, drawn with seed {settings.seed}")
+    return sorted(random.Random(settings.seed).sample(range(num_rows), limit))
 
 
-def _row(
-    names: Sequence[str],
-    record: Record,
-    outcome: Outcome,
-    completion: Completion | None,
-    answer: Callable[[Completion], str | None],
-) -> RowResult:
-    users = [message.content for message in prompt_of(record) if message.role == "user"]
-    scorers = {name: row for name in names if (row := METRICS[name].row) is not None}
-    return RowResult(
-        source=str(record.source),
-        prompt=users[-1] if users else "",
-        reference=outcome.reference,
-        completion=None if completion is None else completion.text,
-        answer=None if completion is None else answer(completion),
-        scores={name: score(outcome) for name, score in scorers.items()},
-        finish_reason=None if completion is None else completion.finish_reason,
-    )
+def _obstacle(name: str, task: Task, reasons: bool) -> str | None:
+    """Why labels cannot be scored as completions of these rows, None when they can (or the metric is another)."""
+    if METRICS[name].needs != "label scores":
+        return None
+    if len(task.labels) > MAX_LABELS:
+        return f"{len(task.labels)} labels are more than the {MAX_LABELS} that are scored for every row"
+    if task.frame is None:
+        return "the references write different texts around the label, so labels cannot be scored as completions"
+    return "this customization reasons before it answers" if reasons else None
+
+
+def _beyond_answers(name: str) -> str | None:
+    """Why answers alone do not do, None when they do."""
+    return None if METRICS[name].needs == "completions" else "it asks the model, and there are only answers"
+
+
+def _usual(task: Task) -> list[str]:
+    """What `auto` computes for this kind of task."""
+    if task.kind == "answers and text":  # the answers are no label set: there is nothing to average over or to score
+        return [name for name in METRICS if METRICS[name].group != "labels" or name == "accuracy"]
+    return [name for name in METRICS if METRICS[name].group in _GROUPS[task.kind]]
+
+
+__all__ = ["EvalSettings", "Evaluation", "Progress", "RowResult", "evaluate", "evaluate_answers"]

@@ -1,103 +1,77 @@
-"""The demo: four techniques on the sample tickets, measured on tickets none of them has seen."""
+"""The demo: the comparison on the sample tickets, with steps that fit into minutes on two cores."""
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailor.data.dataset import DataSettings
-from tailor.data.prepare import split
-from tailor.data.readers import read_records
-from tailor.data.records import Record, completion_of, prompt_of
-from tailor.evaluation.evaluate import EvalSettings, Evaluation, evaluate
-from tailor.inference.load import load
-from tailor.inference.local import LocalBackend
-from tailor.recipes.tune import OutputSettings, TuneRecipe, tune
-from tailor.runs import home
-from tailor.store import write_text
-from tailor.training.settings import TrainSettings
+from tailor.evaluation.evaluate import EvalSettings, Progress
+from tailor.recipes.compare import CompareResult, compare
+from tailor.recipes.compare_settings import CompareRecipe, CompareSettings
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "tickets.jsonl"
+NAME = "demo"
 ANSWER = r"^Queue: (\w+)"
 HELD_OUT = 0.25
 
-# Steps that fit the demo's three minutes on two cores; everything else is each technique's default.
-TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "prompting": ({"type": "prompting", "shots": 4}, {}),
-    "prompt_tuning": ({"type": "prompt_tuning"}, {"num_steps": 160}),
-    "lora": ({"type": "lora"}, {"num_steps": 140}),
-    "full": ({"type": "full"}, {"num_steps": 120}),
+# Steps that fit the demo's minutes on two cores; everything else is each technique's default.
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "prompting": {},
+    "prompt_tuning": {"num_steps": 160},
+    "lora": {"num_steps": 140},
+    "full": {"num_steps": 120},
 }
 
 
 @dataclass(frozen=True)
-class DemoRow:
-    """One line of the table."""
+class Shown:
+    """A test ticket with its answers: by the plain base, and by the best technique."""
 
-    name: str
-    evaluation: Evaluation
-    num_parameters: int
-    seconds: float
+    ticket: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The table's lines (the base first), and held-out tickets to show answers of."""
+    """The comparison, and test tickets of different queues to show answers of."""
 
-    rows: tuple[DemoRow, ...]
-    shown: tuple[int, ...]
-    data: Path
-    held_out: Path
-
-    @property
-    def best(self) -> DemoRow:
-        """The line with the highest accuracy."""
-        return max(self.rows, key=lambda row: row.evaluation.metrics["accuracy"].mean)
+    result: CompareResult
+    best: str | None
+    shown: tuple[Shown, ...]
 
 
-def demo(say: Callable[[str], None], *, techniques: Sequence[str] = tuple(TECHNIQUES), quiet: bool = False) -> Demo:
-    """Tune `tailor-nano` on the sample tickets with every technique and measure each, in about three minutes."""
-    parts = split(read_records(SAMPLE).records, validation_fraction=HELD_OUT, seed=0)
-    folder = home() / "demo"
-    data, held_out = folder / "tickets.jsonl", folder / "held-out.jsonl"
-    _write(data, parts.train)
-    _write(held_out, parts.validation)
-    say(
-        f"{len(parts.train)} tickets to learn from, {len(parts.validation)} held out; base tailor-nano (7 M parameters)"
+def demo(
+    techniques: Sequence[str] = tuple(TECHNIQUES),
+    *,
+    progress: Progress = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Demo:
+    """Tune `tailor-nano` on the sample tickets with every technique and measure each, in a few minutes."""
+    recipe = CompareRecipe(
+        name=NAME,
+        data=CompareSettings(train=str(SAMPLE), test_fraction=HELD_OUT),
+        techniques=[{"technique": name, "train": TECHNIQUES[name]} for name in techniques],
+        evaluation=EvalSettings(answer_pattern=ANSWER, metrics=("accuracy", "label_accuracy", "rougeL", "perplexity")),
     )
-    settings = EvalSettings(answer_pattern=ANSWER, metrics=("accuracy", "label_accuracy", "rougeL", "perplexity"))
-    base = load("tailor-nano")
-    rows = [DemoRow("base", evaluate(base.backend, None, parts.validation, settings=settings), 0, 0.0)]
-    for name in techniques:
-        started = time.perf_counter()
-        technique, train = TECHNIQUES[name]
-        recipe = TuneRecipe(
-            data=DataSettings(train=str(data)),
-            technique=technique,
-            train=TrainSettings(**train),
-            output=OutputSettings(name=f"demo-{name.replace('_', '-')}", force=True),
-        )
-        result = tune(recipe, quiet=quiet)
-        seconds = time.perf_counter() - started
-        own = LocalBackend(result.base, {result.artifact.name: result.slot})
-        evaluation = evaluate(own, result.artifact.name, parts.validation, settings=settings)
-        rows.append(DemoRow(name, evaluation, result.slot.num_parameters, seconds))
-    return Demo(tuple(rows), _shown(rows, 3), data, held_out)
+    result = compare(recipe, command="tailor demo", force=True, progress=progress, say=say)
+    best = result.report["verdict"]["best"]
+    name = next((row["name"] for row in result.report["rows"] if row["id"] == best), None)
+    return Demo(result, name, tuple(_shown(result.folder, name, 3)) if name is not None else ())
 
 
-def _shown(rows: Sequence[DemoRow], number: int) -> tuple[int, ...]:
-    """The first held-out tickets of different queues: chosen before anybody looked at the answers."""
+def _shown(folder: Path, best: str, number: int) -> list[Shown]:
+    """The first test tickets of different queues: chosen before anybody looked at the answers."""
+    cells = [json.loads(path.read_text("utf-8")) for path in (folder / "cells").glob("*.json")]
+    answers = {cell["name"]: cell["outcomes"] for cell in cells if cell["base"] is not None}
     seen: dict[str, int] = {}
-    for k, row in enumerate(rows[0].evaluation.rows):
-        seen.setdefault(row.reference.split("\n")[0], k)
-    return tuple(seen.values())[:number]
-
-
-def _write(path: Path, records: Sequence[Record]) -> None:
-    import json
-
-    lines = [{"prompt": prompt_of(r)[-1].content, "completion": completion_of(r)} for r in records]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    for row, outcome in enumerate(answers["base"]):
+        seen.setdefault(outcome["reference"].split("\n")[0], row)
+    rows = list(seen.values())[:number]
+    return [
+        Shown(answers["base"][k]["prompt"], str(answers["base"][k]["completion"]), str(answers[best][k]["completion"]))
+        for k in rows
+    ]

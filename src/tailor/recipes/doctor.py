@@ -17,6 +17,7 @@ from typing import Literal
 
 from tailor.errors import ConfigError, TailorError
 from tailor.recipes.base_facts import BaseFacts, base_facts
+from tailor.recipes.machine import memory
 from tailor.runs import home
 from tailor.text.messages import Message, assistant, user
 
@@ -74,8 +75,8 @@ def check_system() -> Iterator[Checked]:
     yield Checked("system", "CPU flags", "PASS", ", ".join(flags) or "none of those that matter are known")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Checked("system", "CPU cores", "PASS", f"{usable} usable of {os.cpu_count()}")
-    if memory := _memory():
-        free, total = memory
+    if (found := memory()) is not None:
+        free, total = found
         detail = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
         if free < LITTLE_MEMORY:
             yield Checked("system", "memory", "WARN", detail, "close programs, or keep to small bases")
@@ -102,31 +103,6 @@ def _mac_features() -> set[str]:
     told = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True, check=False).stdout.lower()
     words = set(re.findall(r"(?:feat_|hw\.optional\.)(\w+): 1", told))
     return words | {"asimd"} if platform.machine() == "arm64" else words | ({"avx2"} if "avx2_0" in words else set())
-
-
-def _memory() -> tuple[int, int] | None:
-    """(free, total) bytes, within the limit of a container; None where the system does not say."""
-    try:
-        page, total_pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    total = free = page * total_pages
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text("utf-8"))):
-        free = int(found[1]) * 1024
-    limit = _number(Path("/sys/fs/cgroup/memory.max"))
-    if limit is not None and limit < total:
-        used = _number(Path("/sys/fs/cgroup/memory.current")) or 0
-        total, free = limit, min(free, limit - used)
-    return free, total
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text("utf-8").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
 
 
 def _disk() -> Checked:

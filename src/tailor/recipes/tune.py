@@ -53,7 +53,7 @@ class BaseSettings(Strict):
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
 
 
-def _named(base: Any) -> Any:
+def named_base(base: Any) -> Any:
     """`base: tailor-nano` is short for `base: {name: tailor-nano}`; with overrides on it it arrives as `type`."""
     if isinstance(base, str):
         return {"name": base}
@@ -73,7 +73,7 @@ class OutputSettings(Strict):
 class TuneRecipe(Strict):
     """A tuning run. A resolved recipe alone repeats it."""
 
-    base: Annotated[BaseSettings, BeforeValidator(_named)] = BaseSettings()
+    base: Annotated[BaseSettings, BeforeValidator(named_base)] = BaseSettings()
     data: DataSettings
     technique: TechniqueList
     objective: str = Field("sft", description="what is optimised")
@@ -195,8 +195,8 @@ def _prepare(recipe: TuneRecipe, base: Base | None) -> _Prepared:
     slot = base.host.attach(techniques, seed=recipe.train.seed)
     try:
         rendering = rendering_for(recipe.data, base, slot)
-        train, dropped = _bundles(dataset.train, objective, rendering)
-        validation, dropped_too = _bundles(dataset.validation, objective, rendering)
+        train, dropped = bundles_of(dataset.train, objective, rendering)
+        validation, dropped_too = bundles_of(dataset.validation, objective, rendering)
     except BaseException:
         base.host.detach(slot)  # the base may be the caller's, to be used again
         raise
@@ -204,7 +204,7 @@ def _prepare(recipe: TuneRecipe, base: Base | None) -> _Prepared:
     return _Prepared(recipe, base, dataset, techniques, slot, rendering, objective, train, validation, notes)
 
 
-def _bundles(
+def bundles_of(
     records: Sequence[Record], objective: Objective, rendering: Rendering
 ) -> tuple[list[Bundle], list[Record]]:
     """The sequences of every record, and the records that `truncation: drop` left out."""

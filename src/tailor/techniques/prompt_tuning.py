@@ -45,6 +45,7 @@ class PromptTuning(Technique):
     )
 
     peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")
+    alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ({"init": "random"},)
 
     @model_validator(mode="after")
     def _text_goes_with_text(self) -> Self:

@@ -7,9 +7,9 @@ Few-shot: Brown et al. 2020, arXiv:2005.14165. Zero-shot chain of thought: Kojim
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -59,6 +59,8 @@ class Prompting(Technique):
         defaults=None,
     )
 
+    alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ({"selection": "nearest"}, {"shots": 8}, {"shots": 2})
+
     @field_validator("template")
     @classmethod
     def _template_has_prompt(cls, template: str) -> str:
@@ -88,6 +90,12 @@ class Prompting(Technique):
         elif self.selection == "random":
             usable = random.Random(seed).sample(usable, kept)
         return self.model_copy(update={"examples": tuple(_shot(record) for record in usable)})
+
+    def smaller(self) -> Self | None:
+        """Half as many shots."""
+        if self.shots <= 1:
+            return None
+        return self.model_copy(update={"shots": self.shots // 2})
 
     def attach(self, slot: Slot) -> None:
         """Rewrite every prompt of the slot."""

@@ -66,18 +66,25 @@ class Traits:
 class Technique(Strict):
     """One customization technique. The settings object *is* the technique: `LoRA(rank=8)`.
 
-    Four methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand, and
-    those that PEFT has no files for leave the last two as they are.
+    Five methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand and
+    have no smaller form, and those that PEFT has no files for leave the last two as they are.
+
+    `alternatives` are settings that a comparison with a tuning budget tries besides the defaults.
     """
 
     type: str
 
     traits: ClassVar[Traits]
     peft_types: ClassVar[tuple[str, ...]] = ()
+    alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     def prepare(self, records: Sequence[Record], seed: int) -> Self:
         """This technique with what it takes from the training rows filled in (shots)."""
         return self
+
+    def smaller(self) -> Self | None:
+        """The next form that takes less of the context, for rows that do not fit; None when there is none."""
+        return None
 
     @abstractmethod
     def attach(self, slot: Slot) -> None:

@@ -1,0 +1,141 @@
+"""`tailor plan`: does it fit, how long will it take, what will it write, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tailor.cli.output import AsJson, Columns, Device, Dtype, emit, say
+from tailor.cli.tune import Base, Overrides, Source, Technique, Validation, recipe_from
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tailor.recipes.plan import RunPlan
+
+app = typer.Typer(add_completion=False)
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@app.command()
+def plan(
+    source: Source,
+    overrides: Overrides = None,
+    technique: Technique = None,
+    base: Base = None,
+    validation: Validation = None,
+    columns: Columns = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Plan for a machine with so much free memory, e.g. 8GiB.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Measure this machine's speed, which takes a few seconds.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Memory, time and disk of a tuning run, and whether it fits. Nothing of the base's weights is loaded.
+
+    Takes what `tailor tune` takes. Exit code 5, with what would help, when it does not fit.
+    """
+    from tailor.recipes.plan import plan as run_plan
+
+    given = {
+        "technique": technique,
+        "base.name": base,
+        "data.validation": validation,
+        "base.device": device if device != "auto" else None,
+        "base.dtype": dtype if dtype != "auto" else None,
+    }
+    free = None if memory is None else num_bytes(memory)
+    recipe = recipe_from(source, given, columns, overrides or ())
+    found = run_plan(recipe, memory=free, measure=measure)
+    for note in found.notes:
+        say(f"note: {note}")
+    emit(found.to_dict(), as_json, lambda console: _show(found, console))
+    found.check()
+
+
+def num_bytes(text: str) -> int:
+    """`8GiB`, `8G`, `512 MB` or a plain number as bytes. Raises a usage error for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    factor = (UNITS | BINARY_UNITS).get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise typer.BadParameter(f"--memory wants a size such as 8GiB or 24G, got {text!r}")
+    return int(float(match[1]) * factor)
+
+
+def _show(found: RunPlan, console: Console) -> None:
+    from rich.table import Table
+
+    from tailor.evaluation.drawing.quantities import count, size
+
+    sketch, estimate = found.sketch, found.estimate
+    kind = "+".join(technique.type for technique in sketch.techniques)
+    dtype = str(sketch.base.dtype).removeprefix("torch.")
+    console.print(f"{kind} on {sketch.recipe.base.name}", style="bold", soft_wrap=True)
+    trained = sketch.slot.num_parameters
+    share = f" ({trained / sketch.base.num_parameters:.2%})" if trained else ""
+    parameters = f"{count(sketch.base.num_parameters)} parameters, {count(trained)} trained{share}"
+    console.print(f"{parameters}, {dtype} on {sketch.device}", soft_wrap=True)
+    _show_work(found, console)
+    peak = estimate.peak
+    table = Table()
+    table.add_column("memory")
+    table.add_column(f"at its highest, in {peak.name}", justify="right")
+    table.add_column("")
+    for component in peak.components:
+        table.add_row(component.name, size(component.bytes), component.what)
+    table.add_section()
+    table.add_row("sum", size(peak.bytes), f"±{found.memory_error:.0%}", style="bold")
+    free = found.room.memory
+    table.add_row("free", "not known" if free is None else size(free), found.verdict, style=_style(found))
+    console.print(table)
+    others = ", ".join(f"{moment.name} {size(moment.bytes)}" for moment in estimate.moments)
+    console.print(f"over the run: {others}", soft_wrap=True)
+    if estimate.needs.on_gpu:
+        console.print(f"main memory: {size(estimate.host)} of {_or_unknown(found.room.host)} free", soft_wrap=True)
+    _show_disk(found, console)
+
+
+def _show_work(found: RunPlan, console: Console) -> None:
+    from tailor.evaluation.drawing.quantities import count, duration, operations
+
+    sketch, work, resolved = found.sketch, found.estimate.work, found.sketch.resolved
+    about = "about " if sketch.sampled else ""
+    rows = f"{about}{sketch.num_train:,} rows to train on, {about}{sketch.num_validation:,} set aside"
+    if work is None or resolved is None:
+        console.print(f"{rows}; nothing is trained", soft_wrap=True)
+        return
+    steps = f"{resolved.num_steps:,} steps of {resolved.batch_size} rows"
+    console.print(f"{rows}; {steps}, {count(work.num_tokens)} tokens, {operations(found.flops)}", soft_wrap=True)
+    if found.seconds is not None:
+        told = f"about {duration(found.seconds)} (±{found.seconds_error:.0%})"
+        console.print(f"time: {told} of training with validation on this machine, as busy as it is now", soft_wrap=True)
+
+
+def _show_disk(found: RunPlan, console: Console) -> None:
+    from tailor.evaluation.drawing.quantities import size
+
+    disk = found.estimate.disk
+    parts = {
+        "download": disk.download,
+        "artifact": disk.artifact,
+        "checkpoint": disk.checkpoint,
+        "while it runs": disk.temporary,
+    }
+    told = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
+    console.print(f"disk: {told or 'next to nothing'}; {size(found.room.disk)} free", soft_wrap=True)
+
+
+def _or_unknown(value: int | None) -> str:
+    from tailor.evaluation.drawing.quantities import size
+
+    return "unknown" if value is None else size(value)
+
+
+def _style(found: RunPlan) -> str:
+    return {"fits": "green", "tight": "yellow", "does not fit": "bold red"}.get(found.verdict, "")

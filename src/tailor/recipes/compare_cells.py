@@ -1,0 +1,233 @@
+"""The cells of a comparison: train what shares a base in one pass, answer the test rows, keep one file per result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tailor.data.dataset import Dataset
+from tailor.data.examples import Bundle, Rendering
+from tailor.errors import DataError, InterruptedRunError, TailorError
+from tailor.evaluation.evaluate import EvalSettings, Evaluation, Progress
+from tailor.evaluation.task import Kind
+from tailor.models.base import Base
+from tailor.models.slots import Slot
+from tailor.objectives.objective import Objective
+from tailor.recipes.compare_rows import Draw, Rows, does_not_fit
+from tailor.recipes.compare_settings import CompareRecipe, Entry
+from tailor.recipes.tune import bundles_of
+from tailor.recipes.verify import rendering_for
+from tailor.store import write_json
+from tailor.techniques import Technique
+from tailor.training.settings import Resolved, TrainSettings, resolve_settings
+from tailor.training.trainer import SlotRun
+
+RATE_FACTORS = (1.0, 3.0, 1 / 3)
+"""Learning rates of a tuning budget, relative to the technique's own."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison under way: what every step needs to know. `dataset` are the files of the largest draw of seed 0."""
+
+    recipe: CompareRecipe
+    folder: Path
+    rows: Rows
+    sizes: tuple[int, ...]
+    settings: EvalSettings
+    kind: Kind
+    labels: tuple[str, ...]
+    objective: Objective
+    dataset: Dataset
+    progress: Progress
+    say: Callable[[str], None]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """All that has been measured so far."""
+        return [json.loads(path.read_text("utf-8")) for path in sorted((self.folder / "cells").glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: an entry on a base, learning from `size` rows, with one seed. Baselines have no base."""
+
+    base: str | None
+    name: str
+    size: int
+    seed: int
+    main: bool
+
+    @property
+    def key(self) -> str:
+        """Its name in progress lines and checkpoints."""
+        return f"{self.base or 'baseline'}/{self.name}/{self.size}/{self.seed}"
+
+    def path(self, folder: Path) -> Path:
+        """Its file; names of bases may be paths, so they are hashed where they are no file names."""
+        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+        readable = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{self.name}-{self.size}-{self.seed}")
+        return folder / "cells" / f"{readable}-{digest}.json"
+
+    def write(self, folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
+        """Keep what was found, atomically; what `facts` leaves out is null or empty."""
+        empty: dict[str, Any] = {
+            "error": None,
+            "settings": [],
+            "traits": None,
+            "num_parameters": 0,
+            "base_parameters": None,
+        }
+        unknown: dict[str, Any] = {"training": None, "trials": [], "evaluation": None, "outcomes": [], "artifact": None}
+        more: dict[str, Any] = {"artifact_bytes": None, "notes": []}
+        own = {"status": "ok", "kind": kind, **dataclasses.asdict(self)}
+        write_json(self.path(folder), {**empty, **unknown, **more, **own, **facts})
+
+
+def measured(evaluation: Evaluation) -> dict[str, Any]:
+    """The part of a cell that an evaluation fills."""
+    return {
+        "evaluation": evaluation.to_dict(),
+        "outcomes": [
+            {k: v for k, v in dataclasses.asdict(row).items() if k != "finish_reason"} for row in evaluation.rows
+        ],
+    }
+
+
+def failed(error: BaseException) -> dict[str, Any]:
+    """The part of a cell that an error fills: the row says what happened, and the comparison goes on."""
+    if isinstance(error, TailorError):
+        told = {"code": error.code, "message": error.message, "hint": error.hint}
+    else:
+        told = {"code": "failure", "message": f"{type(error).__name__}: {error}"[:500], "hint": None}
+    return {"status": "failed", "error": told}
+
+
+def takes_its_row(error: BaseException) -> bool:
+    """Whether an error belongs to one technique. Interruptions and a full disk end the run instead."""
+    return isinstance(error, Exception) and not isinstance(error, InterruptedRunError | OSError)
+
+
+@dataclass
+class Trial:
+    """One entry with one choice of settings, on a slot; `run` is None when nothing is trained."""
+
+    entry: Entry
+    label: str
+    techniques: tuple[Technique, ...]
+    slot: Slot
+    rendering: Rendering
+    validation: list[Bundle]
+    notes: list[str]
+    run: SlotRun | None = None
+    validation_loss: float | None = None
+    training: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings to try: what changes in the (last) technique, in the rate, or in the initialisation."""
+
+    label: str = "defaults"
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rate: float = 1.0
+    seed: int = 0
+
+
+def choices(entry: Entry, recipe: CompareRecipe) -> list[Choice]:
+    """The entry's share of the tuning budget, the same number for all: rates, the technique's alternatives, seeds."""
+    last = entry.technique[-1]
+    found = [Choice()]
+    if not recipe.tune:
+        return found
+    if last.traits.defaults is not None:
+        found += [Choice(f"learning rate × {rate:.2g}", rate=rate) for rate in RATE_FACTORS[1:]]
+    for changes in last.alternatives:
+        if _can_change(last, changes):
+            found.append(Choice(", ".join(f"{key} {value}" for key, value in changes.items()), changes))
+    found += [Choice(f"initialisation {k}", seed=k) for k in range(1, recipe.trials)]
+    return found[: recipe.trials]
+
+
+def _can_change(technique: Technique, changes: Mapping[str, Any]) -> bool:
+    """Whether the alternative is another one than the user's own choice, and goes with the rest of it."""
+    if all(getattr(technique, key) == value for key, value in changes.items()):
+        return False
+    try:
+        type(technique).model_validate({**technique.model_dump(), **changes})
+    except ValueError:
+        return False
+    return True
+
+
+def attach_trials(
+    comparison: Comparison, base: Base, entry: Entry, chosen: Sequence[Choice], draw: Draw, seed: int
+) -> Iterator[Trial]:
+    """The entry's trials, each attached to the base and ready to be trained. Raises the errors of attaching."""
+    for choice in chosen:
+        yield _attach(comparison, base, entry, choice, draw, seed)
+
+
+def _attach(comparison: Comparison, base: Base, entry: Entry, choice: Choice, draw: Draw, seed: int) -> Trial:
+    own_seed = seed + 1000 * choice.seed
+    *others, last = entry.technique
+    changed = type(last).model_validate({**last.model_dump(), **choice.changes})
+    techniques = tuple(technique.prepare(draw.train, own_seed) for technique in (*others, changed))
+    learned = [] if comparison.recipe.data.truncation == "prompt" else [*draw.validation, *draw.train]
+    rows = [*comparison.rows.test, *learned]
+    slot, techniques, notes = _fitting(comparison, base, techniques, own_seed, rows)
+    try:
+        rendering = rendering_for(comparison.recipe.data, base, slot)
+        validation = bundles_of(draw.validation, comparison.objective, rendering)[0]
+        trial = Trial(entry, choice.label, techniques, slot, rendering, validation, notes)
+        if slot.parameters:
+            train = bundles_of(draw.train, comparison.objective, rendering)[0]
+            settings, resolved = _settings(comparison.recipe, entry, base, len(train), choice, own_seed)
+            name = f"{entry.title}/{choice.label}"
+            trial.run = SlotRun(name, slot, comparison.objective, train, validation, settings, resolved)
+        return trial
+    except BaseException:
+        base.host.detach(slot)
+        raise
+
+
+def _settings(
+    recipe: CompareRecipe, entry: Entry, base: Base, num_rows: int, choice: Choice, seed: int
+) -> tuple[TrainSettings, Resolved]:
+    settings = recipe.train_of(entry).model_copy(update={"seed": seed})
+    defaults = [t.traits.defaults for t in entry.technique if t.traits.defaults is not None][-1]
+    resolved = resolve_settings(settings, defaults, num_rows, base.host.embedding_rms())
+    rate = resolved.learning_rate * choice.rate
+    settings = settings.model_copy(update={"learning_rate": rate})
+    return settings, dataclasses.replace(resolved, learning_rate=rate)
+
+
+def _fitting(
+    comparison: Comparison, base: Base, techniques: tuple[Technique, ...], seed: int, rows: Sequence[Any]
+) -> tuple[Slot, tuple[Technique, ...], list[str]]:
+    """Attach the largest form of the techniques with which every row fits (shots take room)."""
+    notes: list[str] = []
+    while True:
+        slot = base.host.attach(techniques, seed=seed)
+        long = does_not_fit(rows, rendering_for(comparison.recipe.data, base, slot))
+        if long is None:
+            return slot, techniques, notes
+        base.host.detach(slot)
+        smaller = tuple(technique.smaller() or technique for technique in techniques)
+        if smaller == techniques:
+            raise DataError(
+                f"{long.source}: with what this technique adds, the row does not fit into {base.max_seq_len} tokens",
+                hint="shorter rows, fewer shots or virtual tokens, or a base with a longer context",
+            )
+        before = [technique.model_dump() for technique in techniques]
+        after = [technique.model_dump() for technique in smaller]
+        changes = [
+            f"{key} {now[key]}" for was, now in zip(before, after, strict=True) for key in now if was[key] != now[key]
+        ]
+        techniques = smaller
+        notes = [f"reduced to {', '.join(changes)}, so that every row fits into the context"]

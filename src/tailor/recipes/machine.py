@@ -1,0 +1,49 @@
+"""The machine: what a report of measurements must say of it, and how much memory is free."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+
+def describe_machine() -> dict[str, Any]:
+    """System, processor, usable cores and memory in bytes."""
+    total = found[1] if (found := memory()) is not None else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    system = f"{platform.system()} {platform.machine()}"
+    return {"system": system, "cpu": _processor(), "cores": cores, "memory": total}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"^model name\s*:(.*)$", info.read_text("utf-8"), re.MULTILINE)):
+        return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory() -> tuple[int, int] | None:
+    """(free, total) bytes, within the limit of a container; None where the system does not say."""
+    try:
+        page, total_pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    total = free = page * total_pages
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text("utf-8"))):
+        free = int(found[1]) * 1024
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    if limit is not None and limit < total:
+        used = _number(Path("/sys/fs/cgroup/memory.current")) or 0
+        total, free = limit, min(free, limit - used)
+    return free, total
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text("utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
