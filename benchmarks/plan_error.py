@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ CALIBRATION = (
     Case(PROMPT, "medium", 4096, 48, 8, seed=14),
     Case({**LORA, "rank": 8}, "medium", 2048, 16, 5, Shape(448, 12, 1280, 7, 7, 4096), seed=15),
     Case(FULL, "medium", 2048, 16, 5, Shape(576, 12, 1536, 9, 3, 12288), seed=16),
+    Case({**LORA, "rank": 16}, "medium", 2048, 16, 6, Shape(704, 14, 1920, 11, 11, 12288), seed=17),
 )
 
 
@@ -285,7 +287,12 @@ def machine() -> dict[str, Any]:
     return {**describe_machine(), **versions, "num_threads": torch.get_num_threads(), "load": os.getloadavg()}
 
 
-CHILDREN = {"estimate": estimate_run, "run": run_run, "make": make_base, "machine": machine}
+CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
+    "estimate": estimate_run,
+    "run": run_run,
+    "make": make_base,
+    "machine": machine,
+}
 
 
 if __name__ == "__main__":

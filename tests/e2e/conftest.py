@@ -1,12 +1,16 @@
-"""A tiny base on disk, a few rows, and a TAILOR_HOME of its own for every test."""
+"""A tiny base on disk, a few rows, a finished comparison of them, and a TAILOR_HOME of its own for every test."""
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from comparison_runs import recipe
+from tailor.recipes.compare import CompareResult, compare
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -19,6 +23,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_kept(tiny_folder: Path) -> None:
+    """What is imported by now stays: a comparison asks for garbage often, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has its own TAILOR_HOME."""
@@ -29,10 +40,24 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 COLOURS = ("red", "green", "blue", "white")
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """40 rows: name the colour of a thing."""
-    path = tmp_path / "rows.jsonl"
+def write_rows(path: Path) -> Path:
     lines = [{"prompt": f"thing number {k}?", "completion": COLOURS[k % 4]} for k in range(40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """40 rows: name the colour of a thing."""
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], CompareResult]:
+    """A comparison of everything at two sizes, made once; nobody may change it."""
+    home = tmp_path_factory.mktemp("finished")
+    rows = write_rows(home / "rows.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAILOR_HOME", str(home))
+        result = compare(recipe(tiny_folder, rows, sizes=[8, "all"]), command="tailor compare rows.jsonl")
+    return lambda: result

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from comparison_cases import SETTINGS, failed_cell, make_cells, make_manifest, make_probes, scored_cell
 
+from comparison_cases import SETTINGS, failed_cell, make_cells, make_manifest, make_probes, scored_cell
 from tailor.evaluation.claims import CLAIMS, TECHNIQUES_CLAIMED
 from tailor.evaluation.comparison import build_report
 

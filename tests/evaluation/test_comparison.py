@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from comparison_cases import BASES, SIZES, failed_cell, make_cells, make_manifest, make_probes, scored_cell
 
+from comparison_cases import BASES, SIZES, failed_cell, make_cells, make_manifest, make_probes, scored_cell
 from tailor.evaluation.comparison import DESCRIPTIONS, MAX_DISAGREEMENTS, build_report
 from tailor.evaluation.scores import METRICS
 from tailor.metrics.bootstrap import crossed_interval

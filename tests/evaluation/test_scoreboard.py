@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from comparison_cases import scored_cell
 
+from comparison_cases import scored_cell
 from tailor.errors import ConfigError
-from tailor.evaluation.scoreboard import Scoreboard, row_id
+from tailor.evaluation.scoreboard import Difference, Scoreboard, row_id
 from tailor.metrics.bootstrap import crossed_difference, crossed_interval, paired_difference
 
 LORA, FULL, BASE = "tailor-nano/lora", "tailor-nano/full", "tailor-nano/base"
@@ -94,6 +94,45 @@ def test_a_metric_over_rows_together_ties_where_intervals_overlap() -> None:
         "high": 1.0,
         "n": 2,
     }
+
+
+def test_near_is_up_to_one_standard_error_worse() -> None:
+    # a 95 % interval is 2 * 1.96 = 3.92 standard errors wide: 0.392 is wide enough for 0.1, 0.388 is not (0.099)
+    board = Scoreboard([], "accuracy")
+    assert board.near(Difference(-0.1, -0.2961, 0.0961, tie=True))
+    assert not board.near(Difference(-0.1, -0.294, 0.094, tie=True))
+    assert board.near(Difference(0.1, -0.094, 0.294, tie=True))  # better, however far
+    assert board.near(Difference(0.0, 0.0, 0.0, tie=True))
+    # a 50 % interval is 2 * 0.6745 = 1.349 standard errors wide: that of 0.1 is 0.1349 wide
+    half = Scoreboard([], "accuracy", confidence=0.5)
+    assert half.near(Difference(-0.1, -0.168, -0.032, tie=False))
+    assert not half.near(Difference(-0.1, -0.167, -0.033, tie=False))
+
+
+def test_near_turns_with_the_metric_where_lower_is_better() -> None:
+    board = Scoreboard([], "perplexity")
+    assert not board.near(Difference(0.1, -0.094, 0.294, tie=True))
+    assert board.near(Difference(0.1, -0.0961, 0.2961, tie=True))
+    assert board.near(Difference(-0.1, -0.294, 0.094, tie=True))
+
+
+def test_near_is_a_tie_where_there_is_no_standard_error() -> None:
+    board = Scoreboard([], "macro_f1")
+    assert board.near(Difference(-0.4, None, None, tie=True))
+    assert not board.near(Difference(-0.01, None, None, tie=False))
+
+
+def test_near_of_measured_rows() -> None:
+    # of 40 rows lora misses 5 that full has and has 4 that full misses: -0.025, standard error 0.075
+    # base misses 2 and has none: -0.05, standard error 0.034
+    full = [1.0] * 30 + [0.0] * 10
+    lora, base = [1.0] * 25 + [0.0] * 5 + [1.0] * 4 + [0.0] * 6, [1.0] * 28 + [0.0] * 12
+    board = Scoreboard([scored_cell("full", full), scored_cell("lora", lora), scored_cell("base", base)], "accuracy")
+    close, apart = board.difference(LORA, FULL, 275), board.difference(BASE, FULL, 275)
+    assert close is not None
+    assert apart is not None
+    assert (close.tie, board.near(close), board.near(close.turned())) == (True, True, True)
+    assert (apart.tie, board.near(apart), board.near(apart.turned())) == (True, False, True)
 
 
 def test_failed_cells_have_no_score_and_unknown_metrics_are_refused() -> None:

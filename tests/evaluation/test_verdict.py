@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from comparison_cases import BASES, failed_cell, make_cells, make_manifest, make_probes, scored_cell
 
+from comparison_cases import BASES, failed_cell, make_cells, make_manifest, make_probes, scored_cell
 from tailor.evaluation.comparison import build_report
 from tailor.evaluation.verdict import cost_order
 from tailor.metrics.bootstrap import paired_difference
@@ -18,6 +18,11 @@ LORA, FULL = "tailor-nano/lora", "tailor-nano/full"
 def right(number: int, of: int = N) -> list[float]:
     """The first `number` rows are right, so that a difference between two is a difference in single rows."""
     return [1.0] * number + [0.0] * (of - number)
+
+
+def swapped(lost: int, won: int, against: int, of: int = N) -> list[float]:
+    """Against `right(against)`: right on `won` rows that it misses, wrong on `lost` rows that it has."""
+    return [1.0] * (against - lost) + [0.0] * lost + [1.0] * won + [0.0] * (of - against - won)
 
 
 def verdict(cells: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]] = (), **changes: Any) -> dict[str, Any]:
@@ -49,14 +54,56 @@ def test_a_clear_winner() -> None:
     assert "over rows)" in found["noise"]
 
 
-def test_the_cheapest_of_those_that_tie_is_taken() -> None:
-    # one row apart: its interval includes 0, since most resamples of a row in forty miss it or hit it
-    found = verdict(scored(base=4, prompt_tuning=29, lora=29, full=30))
-    assert (found["best"], found["pick"]) == (FULL, TABLE)
+def test_the_cheapest_within_one_standard_error_is_taken_and_not_the_cheapest_that_ties() -> None:
+    # against full, of 40 rows:
+    # lora loses 5 and wins 4: mean -1/40 = -0.025, standard error sqrt((9/40 - 0.025**2) / 40) = 0.075, 0.3 of it apart
+    # prompt_tuning loses 2: mean -2/40 = -0.05, standard error sqrt((2/40 - 0.05**2) / 40) = 0.034, 1.5 of it apart;
+    # its interval still holds 0, since (38/40)**40 = 13 % of the resamples have neither row
+    lora = scored_cell("lora", swapped(5, 4, against=30))
+    found = verdict([*scored(base=4, prompt_tuning=28, full=30), lora])
+    assert (found["best"], found["pick"]) == (FULL, LORA)
     assert found["tied"] == [TABLE, LORA, FULL]
-    assert "prompt_tuning ties with it (difference 0.03 [0.00, 0.07] is within the noise)" in found["sentences"][0]
+    means = {entry["id"]: entry["mean"] for entry in found["differences"]}
+    assert (means[LORA], means[TABLE]) == (pytest.approx(-0.025), pytest.approx(-0.05))
+    assert found["sentences"][0].startswith("full is best: accuracy 0.75 [")
+    assert " against 0.10 for the base. lora ties with it (difference 0.03 [-0.1" in found["sentences"][0]
+    assert found["sentences"][0].endswith("] is within the noise) and stores 9 % of the parameters: take lora.")
+    assert found["sentences"][1] == (
+        "Also within the noise of the best, but more than one standard error behind it: "
+        "prompt_tuning (0.05 [0.00, 0.12])."
+    )
+
+
+def test_of_several_within_one_standard_error_the_others_are_named() -> None:
+    cells = [scored_cell(name, swapped(5, 4, against=30)) for name in ("prompt_tuning", "lora")]
+    found = verdict([*scored(base=4, full=30), *cells])
+    assert (found["best"], found["pick"]) == (FULL, TABLE)
     assert found["sentences"][0].endswith("and stores less than 1 % of the parameters: take prompt_tuning.")
-    assert found["sentences"][1] == "Also within the noise of the best: lora (0.03 [0.00, 0.07])."
+    assert found["sentences"][1].startswith("Also within the noise of the best: lora (0.03 [-0.1")
+
+
+def test_the_best_is_taken_where_the_ties_are_more_than_one_standard_error_behind_or_cost_more() -> None:
+    behind = verdict(scored(base=4, lora=28, full=30))
+    assert (behind["best"], behind["tied"], behind["pick"]) == (FULL, [LORA, FULL], FULL)
+    assert behind["sentences"][0].endswith("] against 0.10 for the base.")
+    assert behind["sentences"][1] == (
+        "Within the noise of the best, but more than one standard error behind it: lora (0.05 [0.00, 0.12])."
+    )
+    dearer = verdict([*scored(base=4, prompt_tuning=28, lora=30), scored_cell("full", swapped(5, 4, against=30))])
+    assert (dearer["best"], dearer["tied"], dearer["pick"]) == (LORA, [TABLE, LORA, FULL], LORA)
+    assert dearer["sentences"][1].startswith("Within the noise of the best: full (0.03 [-0.1")
+    assert dearer["sentences"][2].startswith("Also within the noise of the best, but more than one standard error")
+
+
+def test_the_rule_of_the_pick_is_told_as_it_was_followed() -> None:
+    paired = verdict(scored(base=4, full=30))["noise"]
+    assert "Of those within one standard error of the best the cheapest is taken: no language model" in paired
+    cells = [scored_cell(name, [0.5] * N, "macro_f1") for name in ("lora", "full")]
+    for cell, mean, low, high in zip(cells, (0.5, 0.7), (0.4, 0.6), (0.6, 0.8), strict=True):
+        cell["evaluation"]["metrics"]["macro_f1"] |= {"mean": mean, "low": low, "high": high}
+    unpaired = verdict(cells, metric="macro_f1")  # intervals that touch tie, and have no standard error
+    assert (unpaired["best"], unpaired["pick"]) == (FULL, LORA)
+    assert "Of those that tie the cheapest is taken: no language model" in unpaired["noise"]
 
 
 def test_untrained_before_trained_and_a_smaller_base_before_a_larger() -> None:
@@ -89,23 +136,47 @@ def test_the_base_can_be_best_as_it_is() -> None:
 
 
 def test_every_technique_ties_with_the_base() -> None:
-    found = verdict(scored(base=20, prompting=20, lora=21))
-    assert (found["best"], found["pick"]) == (LORA, BASE)
-    assert found["sentences"][0].endswith("and needs no tuning: take the base.")
-    assert "Every technique ties with the base: no difference is beyond the noise." in found["sentences"]
+    told = "Every technique ties with the base: no difference is beyond the noise."
+    # loses 3 rows and wins 2: mean -1/40 = -0.025, standard error sqrt((5/40 - 0.025**2) / 40) = 0.056
+    same = [scored_cell(name, swapped(3, 2, against=21)) for name in ("base", "prompting")]
+    near = verdict([*same, *scored(lora=21)])
+    assert (near["best"], near["pick"]) == (LORA, BASE)
+    assert near["sentences"][0].endswith("and needs no tuning: take the base.")
+    assert told in near["sentences"]
+    # two rows behind and none ahead: 1.5 standard errors, as above
+    behind = verdict(scored(base=19, prompting=19, lora=21))
+    assert (behind["best"], behind["pick"]) == (LORA, LORA)
+    assert not any("take the base" in sentence for sentence in behind["sentences"])
+    assert behind["sentences"][1].startswith("Within the noise of the best, but more than one standard error behind it")
+    assert told in behind["sentences"]
 
 
 def test_no_model_needs_tuning_where_a_baseline_does_as_well() -> None:
-    ties = verdict(scored(majority=29, base=4, full=30))
+    ties = verdict([*scored(base=4, full=30), scored_cell("majority", swapped(5, 4, against=30))])
     assert (ties["best"], ties["pick"]) == (FULL, "baseline/majority")
     assert ties["tied"] == ["baseline/majority", FULL]
     assert ties["sentences"][0].startswith("No model needs tuning for this, as far as 40 test rows show: the majority")
+    assert ", and ties with the best, full, accuracy 0.75 [" in ties["sentences"][0]
+    ahead = verdict(scored(majority=32, base=4, full=30))  # 1.5 standard errors ahead: a tie, and by no means too far
+    assert (ahead["best"], ahead["tied"], ahead["pick"]) == (FULL, ["baseline/majority", FULL], "baseline/majority")
+    assert ahead["sentences"][0].startswith("No model needs tuning for this, as far as 40 test rows show: the majority")
     better = verdict(scored(majority=39, base=4, full=20))
     assert (better["best"], better["tied"], better["pick"]) == (FULL, [FULL], "baseline/majority")
     assert better["sentences"][0].startswith(
         "No model needs tuning for this: the majority baseline reaches accuracy 0.9"
     )
     assert "more than the best of the others, full, accuracy 0.50 [" in better["sentences"][0]
+
+
+def test_a_baseline_more_than_one_standard_error_behind_makes_no_tuning_needless() -> None:
+    found = verdict(scored(majority=28, base=4, full=30))
+    assert (found["tied"], found["pick"]) == (["baseline/majority", FULL], FULL)
+    assert found["sentences"][0].startswith("full is best: accuracy 0.75 [")
+    assert found["sentences"][1] == (
+        "Within the noise of the best, but more than one standard error behind it: "
+        "the majority baseline (0.05 [0.00, 0.12])."
+    )
+    assert not any("No model needs tuning" in sentence for sentence in found["sentences"])
 
 
 def test_forgetting_is_said_of_the_pick_and_the_best() -> None:

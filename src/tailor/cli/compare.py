@@ -136,6 +136,5 @@ def _parts(text: str | None) -> list[Any] | None:
 
 
 def _as_overrides(flags: dict[str, Any]) -> list[str]:
-    """Flags that were given, as settings. Texts are taken as they are, the rest as JSON, which YAML reads."""
-    given = {key: value for key, value in flags.items() if value is not None}
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    """Flags that were given, as settings in JSON, which YAML reads: a text stays one ('2024', '[AB]')."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]

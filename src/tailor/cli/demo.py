@@ -34,7 +34,8 @@ def demo(
     if not quiet:
         say("support tickets of a shop: which queue, and what to reply? base: tailor-nano (7 M parameters)")
     with stages(quiet) as progress:
-        result = run_demo(tuple(technique or TECHNIQUES), progress=progress, say=say)
+        tell = (lambda text: None) if quiet else say
+        result = run_demo(tuple(technique or TECHNIQUES), progress=progress, say=tell)
     emit(
         {**result.result.report, "folder": str(result.result.folder)}, as_json, lambda console: _render(console, result)
     )

@@ -31,6 +31,8 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 
 SCHEMA_VERSION = 1
 SECONDS_BETWEEN_LINES = 5.0
+SHOWN_STAGES = 4
+"""Bars that stay on the screen; the oldest goes when another one begins."""
 
 
 def result_console() -> Console:
@@ -73,8 +75,10 @@ def stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
+                for old in list(tasks)[: max(0, len(tasks) - SHOWN_STAGES + 1)]:
+                    progress.remove_task(tasks.pop(old))
                 tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+            progress.update(tasks[stage], completed=done, total=total)
 
         yield update
 

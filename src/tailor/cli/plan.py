@@ -12,6 +12,7 @@ from tailor.cli.tune import Base, Overrides, Source, Technique, Validation, reci
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from tailor.recipes.plan import RunPlan
 
@@ -19,6 +20,7 @@ app = typer.Typer(add_completion=False)
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red"}
 
 
 @app.command()
@@ -69,9 +71,8 @@ def num_bytes(text: str) -> int:
 
 
 def _show(found: RunPlan, console: Console) -> None:
-    from rich.table import Table
-
     from tailor.evaluation.drawing.quantities import count, size
+    from tailor.recipes.plan import MEMORY_ERROR
 
     sketch, estimate = found.sketch, found.estimate
     kind = "+".join(technique.type for technique in sketch.techniques)
@@ -82,27 +83,36 @@ def _show(found: RunPlan, console: Console) -> None:
     parameters = f"{count(sketch.base.num_parameters)} parameters, {count(trained)} trained{share}"
     console.print(f"{parameters}, {dtype} on {sketch.device}", soft_wrap=True)
     _show_work(found, console)
-    peak = estimate.peak
-    table = Table()
-    table.add_column("memory")
-    table.add_column(f"at its highest, in {peak.name}", justify="right")
-    table.add_column("")
-    for component in peak.components:
-        table.add_row(component.name, size(component.bytes), component.what)
-    table.add_section()
-    table.add_row("sum", size(peak.bytes), f"±{found.memory_error:.0%}", style="bold")
-    free = found.room.memory
-    table.add_row("free", "not known" if free is None else size(free), found.verdict, style=_style(found))
-    console.print(table)
-    others = ", ".join(f"{moment.name} {size(moment.bytes)}" for moment in estimate.moments)
-    console.print(f"over the run: {others}", soft_wrap=True)
+    console.print(_memory_table(found))
     if estimate.needs.on_gpu:
         console.print(f"main memory: {size(estimate.host)} of {_or_unknown(found.room.host)} free", soft_wrap=True)
     _show_disk(found, console)
+    about = f"about {size(estimate.peak.bytes)} (±{MEMORY_ERROR:.0%}) at the highest, in {estimate.peak.name}"
+    told = f"{found.verdict}: {about}; {_or_unknown(found.room.memory)} free"
+    console.print(told, style=STYLES.get(found.verdict), soft_wrap=True)
+
+
+def _memory_table(found: RunPlan) -> Table:
+    """A column per moment of the run."""
+    from rich.table import Table
+
+    from tailor.evaluation.drawing.quantities import size
+
+    moments, peak = found.estimate.moments, found.estimate.peak
+    held = [{component.name: component.bytes for component in moment.components} for moment in moments]
+    table = Table("memory")
+    for moment in moments:
+        table.add_column(moment.name, justify="right", style="bold" if moment is peak else None)
+    for name in dict.fromkeys(name for one in held for name in one):
+        table.add_row(name, *(size(one[name]) if one.get(name) else "" for one in held))
+    table.add_section()
+    table.add_row("sum", *(size(moment.bytes) for moment in moments))
+    return table
 
 
 def _show_work(found: RunPlan, console: Console) -> None:
     from tailor.evaluation.drawing.quantities import count, duration, operations
+    from tailor.recipes.plan import SECONDS_ERROR
 
     sketch, work, resolved = found.sketch, found.estimate.work, found.sketch.resolved
     about = "about " if sketch.sampled else ""
@@ -113,7 +123,7 @@ def _show_work(found: RunPlan, console: Console) -> None:
     steps = f"{resolved.num_steps:,} steps of {resolved.batch_size} rows"
     console.print(f"{rows}; {steps}, {count(work.num_tokens)} tokens, {operations(found.flops)}", soft_wrap=True)
     if found.seconds is not None:
-        told = f"about {duration(found.seconds)} (±{found.seconds_error:.0%})"
+        told = f"about {duration(found.seconds)} (±{SECONDS_ERROR:.0%})"
         console.print(f"time: {told} of training with validation on this machine, as busy as it is now", soft_wrap=True)
 
 
@@ -135,7 +145,3 @@ def _or_unknown(value: int | None) -> str:
     from tailor.evaluation.drawing.quantities import size
 
     return "unknown" if value is None else size(value)
-
-
-def _style(found: RunPlan) -> str:
-    return {"fits": "green", "tight": "yellow", "does not fit": "bold red"}.get(found.verdict, "")

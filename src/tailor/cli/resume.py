@@ -21,10 +21,10 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Go on with an interrupted or killed run or comparison, to the result it would have had."""
-    from tailor.recipes.compare import resume_comparison, unfinished
+    from tailor.recipes.compare import known, resume_comparison, unfinished
     from tailor.recipes.tune import resume as run_resume
 
-    if run not in unfinished():
+    if run not in unfinished() and (run not in known() or _is_run(run)):  # a finished comparison is shown
         show(run_resume(run, quiet=quiet), as_json)
         return
     from tailor.cli.compare import show as show_comparison
@@ -32,3 +32,14 @@ def resume(
     with stages(quiet) as progress:
         result = resume_comparison(run, progress=progress, say=(lambda text: None) if quiet else say)
     show_comparison(result, as_json)
+
+
+def _is_run(name: str) -> bool:
+    from tailor.errors import NotFoundError
+    from tailor.runs import Run
+
+    try:
+        Run.open(name)
+    except NotFoundError:
+        return False
+    return True

@@ -49,6 +49,13 @@ def peak_of(device: torch.device | None = None) -> Iterator[Peak]:
         peak.bytes = peak_memory(device) if mark is None else mark
 
 
+def highest(device: torch.device | None = None) -> int:
+    """The highest memory held so far, asked inside a `peak_of` block; 0 where nobody counts."""
+    on_gpu = device is not None and device.type == "cuda"
+    mark = None if on_gpu else _mark()
+    return peak_memory(device) if mark is None else mark
+
+
 def _lower_mark() -> bool:
     """Whether the process's high-water mark could be set to what it holds now."""
     if _mark() is None:

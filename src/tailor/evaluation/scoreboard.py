@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,16 @@ class Scoreboard:
         """Whether `first` is better than `second` beyond the noise."""
         difference = self.difference(first, second, size)
         return difference is not None and not difference.tie and self.gain(difference.mean) > 0
+
+    def near(self, difference: Difference) -> bool:
+        """Whether the first is better, or worse by no more than one standard error, read off the interval's width.
+
+        Unpaired differences have no standard error: there a tie is near enough.
+        """
+        if difference.low is None or difference.high is None:
+            return difference.tie
+        half = NormalDist().inv_cdf((1 + self.confidence) / 2)
+        return -self.gain(difference.mean) <= (difference.high - difference.low) / (2 * half) + ROUNDING
 
     def gain(self, difference: float) -> float:
         """A difference with the sign that makes better positive."""

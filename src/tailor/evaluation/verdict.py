@@ -29,7 +29,9 @@ def build_verdict(rows: Sequence[Row], board: Scoreboard, size: int) -> dict[str
 
     `best` has the highest score among techniques and plain bases (the lowest, where lower is better). What differs from
     it by no more than noise is `tied`, baselines included. `pick` is a baseline that beats the best, if there is one;
-    otherwise the cheapest of the tied (see `cost_order`).
+    otherwise the cheapest (see `cost_order`) of those within one standard error of the best: the one-standard-error
+    rule of Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3. A tie alone would be too
+    generous: the fewer the test rows, the more ties.
     """
     judged = _Verdict(rows, board, size)
     best, pick = judged.best, judged.pick
@@ -65,8 +67,8 @@ def cost_order(row: Row) -> tuple[int, int, int]:
 
 
 COST_RULE = (
-    "Of those that tie the cheapest is taken: no language model before the plain base, untrained before trained, a "
-    "frozen base before full tuning, a smaller base before a larger one, then fewer stored parameters."
+    "the cheapest is taken: no language model before the plain base, untrained before trained, a frozen base before "
+    "full tuning, a smaller base before a larger one, then fewer stored parameters."
 )
 
 
@@ -167,7 +169,10 @@ class _Verdict:
         better = [row for row in self.scored if self.board.beats(row["id"], self.best["id"], self.size)]
         if better:  # only a baseline can be better than the best of the others
             return max(better, key=self._quality)
-        return min(self.tied, key=lambda row: (cost_order(row), -self._quality(row)))
+        return min(filter(self._near, self.tied), key=lambda row: (cost_order(row), -self._quality(row)))
+
+    def _near(self, row: Row) -> bool:
+        return row is self.best or self.board.near(self.differences[row["id"]])
 
     def sentences(self) -> list[str]:
         if self.best is None or self.pick is None:
@@ -231,9 +236,15 @@ class _Verdict:
         return self.titles[plain["id"]] if plain else "the base"
 
     def _other_ties(self, best: Row, pick: Row) -> list[str]:
+        """Those near enough to be taken, but no cheaper than the pick; then those that are too far behind for it."""
         others = [row for row in self.tied if row is not best and row is not pick]
-        names = [f"{self.titles[row['id']]} ({_apart(self.differences[row['id']])})" for row in others]
-        return [f"Also within the noise of the best: {_listed(names)}."] if names else []
+        sentences: list[str] = []
+        for near, behind in ((True, ""), (False, ", but more than one standard error behind it")):
+            alike = [row for row in others if self._near(row) is near]
+            if names := [f"{self.titles[row['id']]} ({_apart(self.differences[row['id']])})" for row in alike]:
+                opening = "Also within" if sentences or pick is not best else "Within"
+                sentences.append(f"{opening} the noise of the best{behind}: {_listed(names)}.")
+        return sentences
 
     def _against_base(self) -> list[str]:
         """Bases on which no technique, or not every technique, is better than doing nothing."""
@@ -333,9 +344,11 @@ def _noise(rows: Iterable[Row], board: Scoreboard) -> str:
     if board.paired:
         drawn = "rows and seeds" if any(len(row["per_seed"]) > 1 for row in rows) else "rows"
         rule = f"the {share} of their difference on the same test rows includes 0 (paired bootstrap over {drawn})"
+        among = "within one standard error of the best"
     else:
         rule = f"the {share}s of their {board.metric} overlap (it exists only over the rows together)"
-    return f"Two tie when {rule}. {COST_RULE}"
+        among = "that tie"
+    return f"Two tie when {rule}. Of those {among} {COST_RULE}"
 
 
 def _interval(score: Mapping[str, float]) -> str:

@@ -15,7 +15,6 @@ import torch
 
 from tailor.artifacts import artifact as artifacts
 from tailor.config import dump_yaml, load_recipe
-from tailor.data.examples import Rendering
 from tailor.data.records import completion_of
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
 from tailor.evaluation.comparison import build_report
@@ -25,10 +24,11 @@ from tailor.evaluation.evaluate import EvalSettings, Progress
 from tailor.evaluation.scores import METRICS, metric_named
 from tailor.evaluation.task import Task, answers_of, find_task, known_answers
 from tailor.objectives import OBJECTIVES
-from tailor.recipes.base_facts import base_facts
-from tailor.recipes.compare_cells import Comparison
-from tailor.recipes.compare_measure import artifact_name, measure
-from tailor.recipes.compare_probes import probe
+from tailor.recipes.compare_bases import LOADED, check_unchanged, machine_facts, renderings
+from tailor.recipes.compare_cells import Cell, Comparison
+from tailor.recipes.compare_groups import GROUPS, split_off
+from tailor.recipes.compare_measure import measure
+from tailor.recipes.compare_probes import passages, probe
 from tailor.recipes.compare_rows import Rows, read_rows, sizes_of, that_fit, write_sides
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.recipes.machine import describe_machine
@@ -70,19 +70,20 @@ def compare(
     folder = folder_of(recipe.name)
     with hold(folder, f"comparison {recipe.name}"):
         manifest = _open(recipe, folder, command, force)
-        if retry:
-            _forget_failures(folder)
         torch.set_num_threads(int(manifest["machine"]["num_threads"]))  # sums are rounded by how they are cut up
         comparison, manifest = _prepare(recipe, folder, manifest, progress, say)
+        if retry:
+            _forget_failures(comparison)
         try:
             measure(comparison)
             probes = probe(comparison)
+            manifest = {**manifest, "status": "finished"}
+            result = _report(manifest, comparison.cells(), probes, folder)
         except BaseException:
             write_json(folder / "comparison.json", {**manifest, "status": "interrupted"})
             raise
-        manifest = {**manifest, "status": "finished"}
-        write_json(folder / "comparison.json", manifest)
-        return _report(manifest, comparison.cells(), probes, folder)
+        write_json(folder / "comparison.json", manifest)  # last: whoever is finished has a report
+        return result
 
 
 def folder_of(name: str) -> Path:
@@ -147,21 +148,33 @@ def _open(recipe: CompareRecipe, folder: Path, command: str, force: bool) -> dic
             )
         manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return {**manifest, "status": "running"}
-    if force:
-        for part in ("cells", "probes", "passes", "data"):
-            shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / "groups.json").unlink(missing_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    machine = {**describe_machine(), "num_threads": torch.get_num_threads()}
+    machine = {**describe_machine(), **machine_facts(recipe), "num_threads": torch.get_num_threads()}
     command = command or f"tailor compare {folder / 'recipe.yaml'}"
-    own = {"name": recipe.name, "created": now, "status": "running", "command": command}
-    return {**own, "versions": versions(), "machine": machine, "recipe": recipe.resolved(), "force": force}
+    own = {"name": recipe.name, "created": now, "status": "running", "command": command, "force": force}
+    return {**own, "versions": versions(), "machine": machine, "recipe": recipe.resolved()}
 
 
-def _forget_failures(folder: Path) -> None:
-    for path in (folder / "cells").glob("*.json"):
-        if json.loads(path.read_text("utf-8"))["status"] == "failed":
+def _clear(folder: Path) -> None:
+    """Remove what an earlier comparison left; its manifest first: without one, the next start begins anew as well."""
+    for name in ("comparison.json", GROUPS, LOADED, "report.json", "report.html", "report.md"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("cells", "probes", "passes", "data"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+
+
+def _forget_failures(comparison: Comparison) -> None:
+    """Let what failed be measured again, and each of its bases probed again: the probes have not seen it, or failed."""
+    failures = [Cell.of_facts(facts) for facts in comparison.cells() if facts["status"] == "failed"]
+    for path in (comparison.folder / "probes").glob("*.json"):
+        found = json.loads(path.read_text("utf-8"))
+        if found["errors"] or any(cell.base == found["base"] for cell in failures):
             path.unlink()
+    for place in {cell.of("") for cell in failures}:
+        split_off(comparison.folder, place.key, [cell.name for cell in failures if cell.of("") == place])
+    for cell in failures:
+        cell.path(comparison.folder).unlink()
 
 
 def _prepare(
@@ -171,41 +184,38 @@ def _prepare(
     if recipe.objective not in OBJECTIVES:
         raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=nearest(recipe.objective, OBJECTIVES))
     objective = OBJECTIVES[recipe.objective]()
+    passages(recipe.general_text)
     rows = read_rows(recipe.data, objective)
     if manifest.get("data", {}).get("content_hash", rows.content_hash) != rows.content_hash:
         raise ConflictError(
             f"the rows of comparison {recipe.name!r} have changed since it began",
             hint="restore them, or start anew with --force",
         )
-    rows = that_fit(rows, _renderings(recipe), recipe.data)
+    rows = that_fit(rows, renderings(recipe), recipe.data)
     sizes, notes = sizes_of(recipe.sizes, len(rows.train))
+    if not recipe.save:
+        notes.append("nothing is kept (save: false), so costs in use, mixed batches and forgetting are not measured")
     rows = dataclasses.replace(rows, notes=(*rows.notes, *notes))
     labels = tuple(sorted({completion_of(record) for record in (*rows.train, *rows.validation)}))
     task = _task(rows, labels, recipe.evaluation)
     settings = _settings(recipe, task)
     metric = _metric(recipe, task, settings)
+    is_new = "data" not in manifest
+    if recipe.save:
+        missing = [cell for cell in _kept(recipe, sizes[-1]) if is_new or not cell.path(folder).is_file()]
+        _check_artifacts(recipe, missing, force=bool(manifest.get("force")))
+    if is_new:
+        _clear(folder)
+    else:
+        check_unchanged(recipe, folder)
     dataset = write_sides(rows, rows.draw(sizes[-1], 0), folder / "data")
     comparison = Comparison(
         recipe, folder, rows, tuple(sizes), settings, task.kind, labels, objective, dataset, progress, say
     )
-    if recipe.save and not manifest.pop("force", False):
-        _check_artifacts(comparison)
-    manifest |= {"data": rows.describe(recipe.data), "metric": metric, "sizes": sizes}
     write_text(folder / "recipe.yaml", dump_yaml(recipe.resolved()))
+    manifest |= {"data": rows.describe(recipe.data), "metric": metric, "sizes": sizes}
     write_json(folder / "comparison.json", manifest)
     return comparison, manifest
-
-
-def _renderings(recipe: CompareRecipe) -> dict[str, Rendering]:
-    """How each base spells the rows, known without its weights."""
-    found = {}
-    for settings in recipe.base:
-        facts = base_facts(settings.name)
-        longest = min(recipe.data.max_seq_len or facts.max_seq_len, facts.max_seq_len)
-        found[settings.name] = Rendering(
-            facts.renderer, longest, trained_turns=recipe.data.trained_turns, truncation="drop"
-        )
-    return found
 
 
 def _task(rows: Rows, labels: Sequence[str], settings: EvalSettings) -> Task:
@@ -233,7 +243,8 @@ def _metric(recipe: CompareRecipe, task: Task, settings: EvalSettings) -> str:
     """What decides. Raises ConfigError for a metric that has no score per row: ties could not be told."""
     if recipe.metric is None:
         usual = "rougeL" if task.kind == "text" else "accuracy"
-        return usual if usual in settings.metrics else settings.metrics[0]
+        of_rows = [name for name in settings.metrics if METRICS[name].row is not None]
+        return usual if usual in settings.metrics else [*of_rows, *settings.metrics][0]
     if metric_named(recipe.metric).row is None:
         rows = [name for name, metric in METRICS.items() if metric.row is not None]
         raise ConfigError(f"{recipe.metric} has no score per row: it cannot decide", hint=f"one of {', '.join(rows)}")
@@ -245,14 +256,17 @@ def _metric(recipe: CompareRecipe, task: Task, settings: EvalSettings) -> str:
     return recipe.metric
 
 
-def _check_artifacts(comparison: Comparison) -> None:
-    """Before anything is trained: the names that the kept customizations will get must be free, or ours already."""
-    recipe = comparison.recipe
-    for base in recipe.base:
-        for entry in recipe.techniques:
-            name = artifact_name(comparison, base.name, entry.title)
-            if not artifacts.made_by(name, f"comparison {recipe.name}"):
-                artifacts.check_free(name, force=False)
+def _kept(recipe: CompareRecipe, size: int) -> list[Cell]:
+    """The cells whose customizations become artifacts."""
+    return [Cell(base.name, entry.title, size, 0, True) for base in recipe.base for entry in recipe.techniques]
+
+
+def _check_artifacts(recipe: CompareRecipe, cells: Sequence[Cell], *, force: bool) -> None:
+    """Before anything is trained: the names that these will get must be possible, and free, or ours already."""
+    for cell in cells:
+        name = artifacts.check_name(recipe.artifact_name(str(cell.base), cell.name))
+        if not artifacts.made_by(name, f"comparison {recipe.name}"):
+            artifacts.check_free(name, force)
 
 
 def _report(

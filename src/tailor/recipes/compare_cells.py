@@ -1,18 +1,19 @@
-"""The cells of a comparison: train what shares a base in one pass, answer the test rows, keep one file per result."""
+"""The cells of a comparison, one file per result; and the trials that a cell is chosen from, attached to a base."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tailor.data.dataset import Dataset
 from tailor.data.examples import Bundle, Rendering
-from tailor.errors import DataError, InterruptedRunError, TailorError
+from tailor.data.records import Record
+from tailor.errors import ConfigError, DataError, InterruptedRunError, TailorError
 from tailor.evaluation.evaluate import EvalSettings, Evaluation, Progress
 from tailor.evaluation.task import Kind
 from tailor.models.base import Base
@@ -47,6 +48,14 @@ class Comparison:
     progress: Progress
     say: Callable[[str], None]
 
+    def cell(self, base: str | None, name: str, size: int, seed: int) -> Cell:
+        """The place of a measurement. The main one of a technique has the most rows and the first seed."""
+        return Cell(base, name, size, seed, size == self.sizes[-1] and seed == 0)
+
+    def is_missing(self, cell: Cell) -> bool:
+        """Whether it has not been measured yet."""
+        return not cell.path(self.folder).is_file()
+
     def cells(self) -> list[dict[str, Any]]:
         """All that has been measured so far."""
         return [json.loads(path.read_text("utf-8")) for path in sorted((self.folder / "cells").glob("*.json"))]
@@ -61,6 +70,15 @@ class Cell:
     size: int
     seed: int
     main: bool
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> Cell:
+        """The place of a cell that was read from its file."""
+        return cls(**{place.name: facts[place.name] for place in dataclasses.fields(cls)})
+
+    def of(self, name: str) -> Cell:
+        """The cell of another entry at the same place."""
+        return dataclasses.replace(self, name=name)
 
     @property
     def key(self) -> str:
@@ -114,19 +132,38 @@ def takes_its_row(error: BaseException) -> bool:
 
 @dataclass
 class Trial:
-    """One entry with one choice of settings, on a slot; `run` is None when nothing is trained."""
+    """One entry with one choice of settings, on a slot; `run` is None when nothing is trained, or all of it is done.
+
+    `settings` are those of the `techniques` without what these took from the rows (shots).
+    """
 
     entry: Entry
     label: str
+    settings: tuple[Technique, ...]
     techniques: tuple[Technique, ...]
     slot: Slot
     rendering: Rendering
     validation: list[Bundle]
     notes: list[str]
     run: SlotRun | None = None
+    trained_with: TrainSettings | None = None
     validation_loss: float | None = None
     training: dict[str, Any] | None = None
     error: BaseException | None = None
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Lower is better: what failed comes last, then by validation loss."""
+        return self.error is not None, float("inf") if self.validation_loss is None else self.validation_loss
+
+    def told(self) -> dict[str, Any]:
+        """What the cell says of it, whether it was chosen or not."""
+        return {
+            "label": self.label,
+            "validation_loss": self.validation_loss,
+            "seconds": (self.training or {}).get("seconds"),
+            "error": str(self.error) if self.error else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -167,36 +204,40 @@ def _can_change(technique: Technique, changes: Mapping[str, Any]) -> bool:
 
 def attach_trials(
     comparison: Comparison, base: Base, entry: Entry, chosen: Sequence[Choice], draw: Draw, seed: int
-) -> Iterator[Trial]:
-    """The entry's trials, each attached to the base and ready to be trained. Raises the errors of attaching."""
-    for choice in chosen:
-        yield _attach(comparison, base, entry, choice, draw, seed)
+) -> list[Trial]:
+    """The entry's trials, each attached to the base and ready to be trained; none of them when one cannot be."""
+    trials: list[Trial] = []
+    try:
+        for choice in chosen:
+            trials.append(_attach(comparison, base, entry, choice, draw, seed))
+    except BaseException:
+        for trial in trials:
+            base.host.detach(trial.slot)
+        raise
+    return trials
 
 
 def _attach(comparison: Comparison, base: Base, entry: Entry, choice: Choice, draw: Draw, seed: int) -> Trial:
-    own_seed = seed + 1000 * choice.seed
+    own_seed = comparison.recipe.train_of(entry).seed + seed + 1000 * choice.seed
     *others, last = entry.technique
     changed = type(last).model_validate({**last.model_dump(), **choice.changes})
-    techniques = tuple(technique.prepare(draw.train, own_seed) for technique in (*others, changed))
-    learned = [] if comparison.recipe.data.truncation == "prompt" else [*draw.validation, *draw.train]
-    rows = [*comparison.rows.test, *learned]
-    slot, techniques, notes = _fitting(comparison, base, techniques, own_seed, rows)
+    settings, techniques, slot, notes = _fitting(comparison, base, (*others, changed), own_seed, draw)
     try:
         rendering = rendering_for(comparison.recipe.data, base, slot)
         validation = bundles_of(draw.validation, comparison.objective, rendering)[0]
-        trial = Trial(entry, choice.label, techniques, slot, rendering, validation, notes)
+        trial = Trial(entry, choice.label, settings, techniques, slot, rendering, validation, notes)
         if slot.parameters:
             train = bundles_of(draw.train, comparison.objective, rendering)[0]
-            settings, resolved = _settings(comparison.recipe, entry, base, len(train), choice, own_seed)
+            how, resolved = _train_settings(comparison.recipe, entry, base, len(train), choice, own_seed)
             name = f"{entry.title}/{choice.label}"
-            trial.run = SlotRun(name, slot, comparison.objective, train, validation, settings, resolved)
+            trial.run = SlotRun(name, slot, comparison.objective, train, validation, how, resolved)
         return trial
     except BaseException:
         base.host.detach(slot)
         raise
 
 
-def _settings(
+def _train_settings(
     recipe: CompareRecipe, entry: Entry, base: Base, num_rows: int, choice: Choice, seed: int
 ) -> tuple[TrainSettings, Resolved]:
     settings = recipe.train_of(entry).model_copy(update={"seed": seed})
@@ -208,26 +249,52 @@ def _settings(
 
 
 def _fitting(
-    comparison: Comparison, base: Base, techniques: tuple[Technique, ...], seed: int, rows: Sequence[Any]
-) -> tuple[Slot, tuple[Technique, ...], list[str]]:
-    """Attach the largest form of the techniques with which every row fits (shots take room)."""
+    comparison: Comparison, base: Base, wanted: tuple[Technique, ...], seed: int, draw: Draw
+) -> tuple[tuple[Technique, ...], tuple[Technique, ...], Slot, list[str]]:
+    """Attach the largest form of the techniques that these rows suffice for and every row fits with (shots take room).
+
+    Returns its settings, the techniques with what they took from the rows, the slot, and notes.
+    """
+    settings = wanted
     notes: list[str] = []
     while True:
-        slot = base.host.attach(techniques, seed=seed)
-        long = does_not_fit(rows, rendering_for(comparison.recipe.data, base, slot))
-        if long is None:
-            return slot, techniques, notes
+        obstacle: TailorError
+        try:
+            techniques = tuple(technique.prepare(draw.train, seed) for technique in settings)
+        except ConfigError as error:
+            obstacle, why = error, f" ({error.message})"
+        else:
+            slot = base.host.attach(techniques, seed=seed)
+            long = _too_long(comparison, base, slot, draw)
+            if long is None:
+                return settings, techniques, slot, notes
+            base.host.detach(slot)
+            obstacle, why = _no_room(long, base), ", so that every row fits into the context"
+        smaller = tuple(technique.smaller() or technique for technique in settings)
+        if smaller == settings:
+            raise obstacle
+        settings, notes = smaller, [f"reduced to {_changes(wanted, smaller)}{why}"]
+
+
+def _too_long(comparison: Comparison, base: Base, slot: Slot, draw: Draw) -> Record | None:
+    """The first row that does not fit with what the slot adds: of those it answers, and of those it learns from."""
+    rows = list(comparison.rows.test)
+    if comparison.recipe.data.truncation != "prompt":
+        rows += [*draw.validation, *(draw.train if slot.parameters else ())]
+    try:
+        return does_not_fit(rows, rendering_for(comparison.recipe.data, base, slot))
+    except BaseException:
         base.host.detach(slot)
-        smaller = tuple(technique.smaller() or technique for technique in techniques)
-        if smaller == techniques:
-            raise DataError(
-                f"{long.source}: with what this technique adds, the row does not fit into {base.max_seq_len} tokens",
-                hint="shorter rows, fewer shots or virtual tokens, or a base with a longer context",
-            )
-        before = [technique.model_dump() for technique in techniques]
-        after = [technique.model_dump() for technique in smaller]
-        changes = [
-            f"{key} {now[key]}" for was, now in zip(before, after, strict=True) for key in now if was[key] != now[key]
-        ]
-        techniques = smaller
-        notes = [f"reduced to {', '.join(changes)}, so that every row fits into the context"]
+        raise
+
+
+def _no_room(record: Record, base: Base) -> DataError:
+    return DataError(
+        f"{record.source}: with what this technique adds, the row does not fit into {base.max_seq_len} tokens",
+        hint="shorter rows, fewer shots or virtual tokens, or a base with a longer context",
+    )
+
+
+def _changes(before: Sequence[Technique], after: Sequence[Technique]) -> str:
+    pairs = [(one.model_dump(), other.model_dump()) for one, other in zip(before, after, strict=True)]
+    return ", ".join(f"{key} {now[key]}" for was, now in pairs for key in now if was[key] != now[key])

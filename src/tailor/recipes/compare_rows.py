@@ -82,10 +82,9 @@ def read_rows(settings: CompareSettings, objective: Objective) -> Rows:
     test = answered(_drawn(test, settings.max_test_rows, notes))
     for side in (train, validation, test):
         _consumed(side[:1], objective)
-    for what, others in (("training", train), ("validation", validation)):
-        leaked = leakage(others, test)
-        if both := {row for row, _ in (*leaked.exact, *leaked.normalised)}:
-            notes.append(f"{len(both)} of {len(test)} test rows have a prompt that also stands in the {what} rows")
+    notes += _leaks("test", test, "training", train)
+    notes += _leaks("test", test, "validation", validation)
+    notes += _leaks("validation", validation, "training", train)
     return Rows(train[: settings.max_rows], validation, test, "+".join(digests), tuple(notes))
 
 
@@ -94,6 +93,12 @@ def _other(path: str, settings: CompareSettings, digests: list[str], notes: list
     digests.append(reading.content_hash)
     notes += skipped_notes(reading)
     return reading.records
+
+
+def _leaks(side: str, rows: Sequence[Record], what: str, others: Sequence[Record]) -> list[str]:
+    leaked = leakage(others, rows)
+    both = {row for row, _ in (*leaked.exact, *leaked.normalised)}
+    return [f"{len(both)} of {len(rows)} {side} rows have a prompt that also stands in the {what} rows"] if both else []
 
 
 def _consumed(records: Sequence[Record], objective: Objective) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tailor.config import Strict
 from tailor.data.dataset import DataSettings
@@ -58,6 +58,11 @@ class CompareSettings(DataSettings):
     max_test_rows: int = Field(500, ge=2, description="test on at most so many rows, drawn once")
 
 
+def _in_a_name(title: str) -> str:
+    """An entry's title as a part of an artifact's name."""
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in title)
+
+
 def _as_bases(value: Any) -> Any:
     return [named_base(base) for base in (value if isinstance(value, list | tuple) else [value])]
 
@@ -90,7 +95,11 @@ class CompareRecipe(Strict):
         None, description="text that is not the task, one passage per line; tailor's own when not given"
     )
     rate: float = Field(1.0, gt=0, description="what an hour of this machine costs, in US dollars")
-    save: bool = Field(True, description="keep the customizations of the largest size as artifacts")
+    save: bool = Field(
+        True,
+        description="keep the customizations of the largest size as artifacts; what they cost in use, whether they "
+        "share a batch and what they forgot is measured on these, so false leaves it out",
+    )
 
     @field_validator("techniques")
     @classmethod
@@ -100,6 +109,11 @@ class CompareRecipe(Strict):
             raise ValueError(f"two entries are called {twice[0]!r}: give each its own name")
         if "base" in titles:
             raise ValueError("no entry can be called 'base': that line is the plain base")
+        kept: dict[str, str] = {}
+        for title in titles:
+            other = kept.setdefault(_in_a_name(title).casefold(), title)
+            if other != title:
+                raise ValueError(f"entries {other!r} and {title!r} would be kept under the same name: rename one")
         return entries
 
     @field_validator("base")
@@ -110,10 +124,26 @@ class CompareRecipe(Strict):
             raise ValueError(f"base {twice[0]!r} is named twice")
         return bases
 
+    @model_validator(mode="after")
+    def _all_take_effect(self) -> Self:
+        if self.evaluation.max_rows is not None:
+            raise ValueError("evaluation.max_rows: the test rows are drawn once for everybody: use data.max_test_rows")
+        if any(self.train_of(entry).tensorboard for entry in self.techniques):
+            raise ValueError("train.tensorboard: a comparison writes no TensorBoard events")
+        return self
+
     def train_of(self, entry: Entry) -> TrainSettings:
         """How an entry is trained: what it says itself, else what the comparison says."""
         own = entry.train.model_dump(exclude_unset=True) if entry.train is not None else {}
+        if {"num_epochs", "num_steps"} & own.keys():  # two ways to say one thing: either replaces both
+            own = {"num_epochs": None, "num_steps": None, **own}
         return self.train.model_copy(update=own)
+
+    def artifact_name(self, base: str, title: str) -> str:
+        """`<comparison>-<entry>`, with the base's place in front when there are several."""
+        number = [settings.name for settings in self.base].index(base) + 1
+        several = f"base{number}-" if len(self.base) > 1 else ""
+        return f"{self.name}-{several}{_in_a_name(title)}"
 
     def resolved(self) -> dict[str, Any]:
         """As a dict that loads to the same comparison, with every setting written out."""

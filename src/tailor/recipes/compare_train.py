@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tailor.errors import InterruptedRunError, TerminatedRunError
-from tailor.evaluation.memory import peak_of
+from tailor.evaluation.memory import highest, peak_of
 from tailor.models.base import Base
-from tailor.recipes.compare_cells import Comparison, Trial
+from tailor.recipes.compare_cells import Cell, Comparison, Trial, takes_its_row
 from tailor.runs import Run
 from tailor.store import write_json
 from tailor.techniques import Technique
@@ -34,29 +35,41 @@ class Cost:
     peak_memory: int
 
 
-def train_together(comparison: Comparison, base: Base, trials: Sequence[Trial], key: str) -> None:
-    """Train the trials side by side and fill in validation losses and costs. A trial that diverges keeps its error.
+def train_together(
+    comparison: Comparison, base: Base, trials: Sequence[Trial], cells: Iterable[Cell], key: str
+) -> None:
+    """Train the trials of these cells side by side and fill in validation losses and costs.
 
-    Raises InterruptedRunError after saving a checkpoint; the same call goes on from there to the same losses.
+    A trial that diverges keeps its error. Raises InterruptedRunError after saving a checkpoint; the same call goes on
+    from there to the same losses and costs, also when the pass has come to its end already.
     """
     trained = [trial for trial in trials if trial.run is not None]
     if trained:
-        names = [_run(trial).name for trial in trained]
-        folder = comparison.folder / "passes" / hashlib.sha256("\n".join([key, *names]).encode()).hexdigest()[:16]
+        names = [cell.key for cell in cells] + [_run(trial).name for trial in trained]
+        folder = comparison.folder / "passes" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         costs = _costs(folder, base, trained)
         seconds, peak = _loop(comparison, base, trained, folder, key)
         _account(trained, costs, seconds, peak)
     for trial in trials:
-        if trial.run is None:
-            tokens = comparison.recipe.train.tokens_per_batch
-            if trial.validation:
-                trial.validation_loss = mean_loss(base, trial.slot, comparison.objective, trial.validation, tokens)
-        else:
-            try:
-                finish(trial.run)
-            except Exception as error:
-                trial.error = error
+        try:
+            _settle(comparison, base, trial)
+        except Exception as error:
+            if not takes_its_row(error):
+                raise
+            trial.error = error.with_traceback(None)  # its frames hold the gradients
+
+
+def _settle(comparison: Comparison, base: Base, trial: Trial) -> None:
+    """Put the best weights in place and let go of gradients and moments; or score what needs no training."""
+    run, trial.run = trial.run, None
+    if run is not None:
+        trial.trained_with = run.settings
+        finish(run)
+    elif trial.validation:
+        tokens = comparison.recipe.train_of(trial.entry).tokens_per_batch
+        loss = mean_loss(base, trial.slot, comparison.objective, trial.validation, tokens)
+        trial.validation_loss = loss if math.isfinite(loss) else None
 
 
 def forget(comparison: Comparison) -> None:
@@ -65,11 +78,11 @@ def forget(comparison: Comparison) -> None:
 
 
 def _loop(comparison: Comparison, base: Base, trials: Sequence[Trial], folder: Path, key: str) -> tuple[float, int]:
-    """Every step that is left; the seconds of all steps, those before an interruption included, and the peak memory."""
+    """Every step that is left; seconds and peak memory of all steps, those before an interruption included."""
     runs = [_run(trial) for trial in trials]
     log = Run(folder)
     stage = f"train {key}"
-    with stop_on_signal() as request, peak_of(base.device) as memory:
+    with stop_on_signal() as request, peak_of(base.device):
         load_checkpoint(folder, runs)
         log.truncate(max(run.step for run in runs))
         total = max(run.resolved.num_steps for run in runs)
@@ -79,11 +92,13 @@ def _loop(comparison: Comparison, base: Base, trials: Sequence[Trial], folder: P
             started = time.perf_counter()
             trainer.step()
             step = max(run.step for run in runs)
-            log.log(step, seconds=round(time.perf_counter() - started, 5))
+            seconds = round(time.perf_counter() - started, 5)
+            log.log(step, seconds=seconds, peak_memory=highest(base.device))
             _stop_if_asked(request, folder, runs, comparison)
             if trainer.done or step % every == 0:
                 save_checkpoint(folder, runs)
-    return sum(float(line["seconds"]) for line in log.metrics()), memory.bytes
+    lines = log.metrics()
+    return sum(float(line["seconds"]) for line in lines), max(int(line["peak_memory"]) for line in lines)
 
 
 def _teller(comparison: Comparison, stage: str, total: int) -> Callable[[StepReport], None]:
@@ -120,15 +135,20 @@ def _solo_cost(base: Base, techniques: Sequence[Technique], like: SlotRun) -> Co
     slot = base.host.attach(techniques, seed=like.settings.seed)
     try:
         with peak_of(base.device) as memory:
-            run = SlotRun(like.name, slot, like.objective, like.train, (), like.settings, like.resolved)
+            resolved = replace(like.resolved, num_steps=PROBE_STEPS)
+            run = SlotRun(like.name, slot, like.objective, like.train, (), like.settings, resolved)
             trainer = Trainer(base, [run])
+            begun = time.perf_counter()
             trainer.step()
-            tokens, started = run.num_tokens, time.perf_counter()
+            warm, started = run.num_tokens, time.perf_counter()
             for _ in range(PROBE_STEPS - 1):
                 trainer.step()
-            seconds = time.perf_counter() - started
+            ended = time.perf_counter()
         run.optimizer.close()
-        return Cost(seconds / max(1, run.num_tokens - tokens), memory.bytes)
+        timed = run.num_tokens - warm
+        if not timed:  # it has diverged in its first step: that one has to do
+            return Cost((started - begun) / max(1, warm), memory.bytes)
+        return Cost((ended - started) / timed, memory.bytes)
     finally:
         base.host.detach(slot)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,6 @@ class RunPlan:
         if self.room.memory is None:
             return "unknown"
         return "tight" if self.estimate.peak.bytes > TIGHT * self.room.memory else "fits"
-
-    @property
-    def memory_error(self) -> float:
-        """How far estimates of memory were off, as a share."""
-        return MEMORY_ERROR
-
-    @property
-    def seconds_error(self) -> float:
-        """How far estimates of time were off, as a share."""
-        return SECONDS_ERROR
 
     @property
     def flops(self) -> float:
@@ -160,7 +150,10 @@ def plan(
     misfit = _misfit(estimate, room)
     suggestions = tuple(_suggestions(sketch, dataset, room)) if misfit else ()
     seconds = _seconds(sketch, estimate) if measure and not misfit and _can_measure(sketch, estimate) else None
-    return RunPlan(sketch, estimate, room, seconds, misfit, suggestions, _notes(sketch, dataset, memory))
+    notes = _notes(sketch, dataset)
+    if memory is not None and seconds is not None:
+        notes += ("the time is this machine's",)
+    return RunPlan(sketch, estimate, room, seconds, misfit, suggestions, notes)
 
 
 def _room(device: torch.device, memory: int | None) -> Room:
@@ -180,7 +173,7 @@ def _room(device: torch.device, memory: int | None) -> Room:
 def _misfit(estimate: TuneEstimate, room: Room) -> str | None:
     peak = estimate.peak
     if room.memory is not None and peak.bytes > room.memory:
-        return f"{peak.name} would take about {size(peak.bytes)} of memory, and {size(room.memory)} are free"
+        return f"it would take about {size(peak.bytes)} of memory (in {peak.name}), and {size(room.memory)} are free"
     if estimate.needs.on_gpu and room.host is not None and estimate.host > room.host:
         return f"it would take about {size(estimate.host)} of main memory, and {size(room.host)} are free"
     if estimate.disk.peak > room.disk:
@@ -191,8 +184,10 @@ def _misfit(estimate: TuneEstimate, room: Room) -> str | None:
 
 
 def _suggestions(sketch: Sketch, dataset: Dataset, room: Room) -> list[Suggestion]:
-    """Every single change with which the run fits; when there is none, the first combination that does."""
+    """Every single change with which the run fits, with the estimate's error to spare; else the first combination."""
     recipe = sketch.recipe
+    if room.memory is not None:
+        room = replace(room, memory=round(room.memory / (1 + MEMORY_ERROR)))
     changes = list(_changes(sketch))
     found = [_fitting(recipe, (), "fewer tokens in a pass, the same result", dataset, room)]
     found += [_fitting(recipe, overrides, why, dataset, room) for overrides, why in changes]
@@ -256,7 +251,7 @@ def _seconds(sketch: Sketch, estimate: TuneEstimate) -> float:
     return measure_speed(base, slot, lengths, targets, sketch.device).seconds(estimate.work)
 
 
-def _notes(sketch: Sketch, dataset: Dataset, memory: int | None) -> tuple[str, ...]:
+def _notes(sketch: Sketch, dataset: Dataset) -> tuple[str, ...]:
     notes = list(dataset.notes)
     if sketch.sampled:
         notes.append(
@@ -264,6 +259,4 @@ def _notes(sketch: Sketch, dataset: Dataset, memory: int | None) -> tuple[str, .
         )
     if sketch.recipe.train.patience is not None and sketch.resolved is not None:
         notes.append("early stopping may end the run sooner")
-    if memory is not None:
-        notes.append("the memory is as given; the time is this machine's")
     return tuple(notes)

@@ -60,6 +60,11 @@ class Sketch:
     resolved: Resolved | None
     sampled: bool
 
+    @property
+    def copies(self) -> bool:
+        """Whether verification at the end makes copies of the base."""
+        return self.recipe.output.verify and self.base.num_parameters < MAX_TWIN_PARAMETERS
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -209,7 +214,7 @@ def _needs(sketch: Sketch, heaviest: Pass | None) -> Needs:
         trained=_trained(slot),
         heaviest=heaviest,
         row_tokens=round(rows),
-        verifies=sketch.recipe.output.verify and base.num_parameters < MAX_TWIN_PARAMETERS,
+        verifies=sketch.copies,
         on_gpu=sketch.device.type == "cuda",
     )
 
@@ -229,12 +234,11 @@ def _disk(sketch: Sketch) -> Disk:
     base, trained = sketch.base, _trained(sketch.slot)
     weights = base.num_parameters * base.dtype.itemsize
     checkpoint = trained.checkpoint + trained.best
-    copies = sketch.recipe.output.verify and base.num_parameters < MAX_TWIN_PARAMETERS
     merges = bool(trained.num_parameters) and all(t.traits.merges for t in sketch.techniques)
     return Disk(
         download=0 if weight_files(base.folder) else _download(base),
         checkpoint=checkpoint,
         artifact=weights if trained.owns_base else trained.best,
         # a checkpoint is whole before it takes the place of the last one; verification writes the merged model
-        temporary=max(checkpoint, weights if merges and copies else 0),
+        temporary=max(checkpoint, weights if merges and sketch.copies else 0),
     )

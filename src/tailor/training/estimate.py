@@ -29,7 +29,15 @@ HEAP_LIMIT = 32 * MIB
 (glibc's largest dynamic M_MMAP_THRESHOLD on 64 bits, mallopt(3))."""
 
 HEAP_SLACK = 1.4
-"""Resident bytes of the heap per byte of tensors in it: holes between tensors of changing sizes, never given back."""
+"""Resident bytes of the heap per byte of tensors in it: holes between tensors of changing sizes, never given back.
+Measured 1.2 to 1.5 after ten steps and more."""
+
+HEAP_REUSED = 0.2
+"""Share of the freed heap that lies in pieces large enough for another model's weights. Measured 0.2."""
+
+COLD = 1.1
+"""Time of a layer among others over its time alone, again and again: its weights and activations come from memory,
+not from caches. Measured 1.0 to 1.2."""
 
 ROW_BYTES_PER_TOKEN = 64
 """A row in memory: two list entries and an int object per token, and its share of the text."""
@@ -39,13 +47,14 @@ ROW_BYTES_PER_TOKEN = 64
 class Pass:
     """One micro-batch, forward and backward. Bytes of tensors made on the way; what lives longer is not in them.
 
-    `activations` is what forward leaves for backward, `peak` the most at any moment (`heap` of it in tensors below
-    HEAP_LIMIT). `targets` are the counted tokens.
+    `activations` is what the decoder leaves for backward, `logits` the most that the loss head adds to it, `peak` the
+    most at any moment (`heap` of it in tensors below HEAP_LIMIT). `targets` are the counted tokens.
     """
 
     tokens: int
     targets: int
     activations: int
+    logits: int
     peak: int
     heap: int
     forward_flops: int
@@ -114,6 +123,11 @@ class Moment:
     name: str
     components: tuple[Component, ...]
 
+    @staticmethod
+    def of(name: str, *components: Component) -> Moment:
+        """Without the components that take nothing."""
+        return Moment(name, tuple(component for component in components if component.bytes))
+
     @property
     def bytes(self) -> int:
         """The sum."""
@@ -135,21 +149,20 @@ class Needs:
 
 def moments(needs: Needs) -> tuple[Moment, ...]:
     """The moments of a run at which memory may be highest, in order, on the device that computes."""
-    held, transient = _held(needs), _transient(needs)
-    found = [Moment("loading", (*_floor(needs), *_loading(needs)))]
+    held = _held(needs)
+    found = [Moment.of("loading", _floor(needs), *_loading(needs))]
     if needs.heaviest is None:
         return (*found, *_verification(needs, held, ()))
-    found.append(Moment("training", (*held, *transient)))
-    # freed activations stay with the process as heap; on a GPU torch's cache gives them to whoever asks next
-    freed = sum(component.bytes for component in transient) - _mapped(needs)
-    left = () if needs.on_gpu else (Component("freed heap", freed, "memory of earlier passes, kept by the C library"),)
-    if not needs.on_gpu:
-        copies = needs.trained.checkpoint
-        if copies // 3 < HEAP_LIMIT:  # each of the three tensors finds room in the heap
-            copies = max(0, copies - freed)
-        written = Component("checkpoint", copies, "parameters and moments, copied to be written")
-        found.append(Moment("checkpoint", (*held, *left, written)))
-    return (*found, *_verification(needs, held, left))
+    found.append(Moment.of("training", *held, *_transient(needs.heaviest, needs.on_gpu)))
+    if needs.on_gpu:  # torch's cache gives freed memory to whoever asks next, and what is written is copied elsewhere
+        return (*found, *_verification(needs, held, ()))
+    freed = round(HEAP_SLACK * needs.heaviest.heap)
+    left = (Component("freed heap", freed, "of earlier passes, kept by the C library"),)
+    copies = needs.trained.checkpoint
+    if copies // 3 < HEAP_LIMIT:  # each of the three tensors finds room in the heap
+        copies = max(0, copies - freed)
+    written = Component("checkpoint", copies, "parameters and moments, copied to be written")
+    return (*found, Moment.of("checkpoint", *held, *left, written), *_verification(needs, held, left))
 
 
 def highest(found: Sequence[Moment]) -> Moment:
@@ -163,53 +176,47 @@ def host_bytes(needs: Needs) -> int:
     return PROCESS + max(needs.weights, ROW_BYTES_PER_TOKEN * needs.row_tokens + states)
 
 
-def _floor(needs: Needs) -> tuple[Component, ...]:
+def _floor(needs: Needs) -> Component:
     if needs.on_gpu:
-        return (Component("process", CUDA_CONTEXT, "CUDA context, kernels, workspaces"),)
-    return (Component("process", PROCESS, "Python, torch, transformers"),)
+        return Component("process", CUDA_CONTEXT, "CUDA context, kernels, workspaces")
+    return Component("process", PROCESS, "Python, torch, transformers")
 
 
 def _loading(needs: Needs) -> tuple[Component, ...]:
-    weights = Component("weights", needs.weights, "the base")
-    if needs.on_gpu or not needs.converted:
-        return (weights,)
-    return weights, Component("files", needs.converted, "mapped while they are converted")
+    files = Component("files", 0 if needs.on_gpu else needs.converted, "mapped while they are converted")
+    return Component("weights", needs.weights, "the base"), files
 
 
 def _held(needs: Needs) -> tuple[Component, ...]:
     trained = needs.trained
-    lines = [
-        *_floor(needs),
-        Component("rows", 0 if needs.on_gpu else ROW_BYTES_PER_TOKEN * needs.row_tokens, "token ids, masks, texts"),
+    here = [
+        _floor(needs),
         Component("weights", needs.weights, "the base" + (", trained itself" if trained.owns_base else ", frozen")),
         Component("trained parameters", trained.parameters, "fp32 copy" if trained.owns_base else "fp32"),
         Component("gradients", trained.gradients, "fp32"),
         Component("optimizer", trained.moments, "AdamW's two averages"),
     ]
-    if not needs.on_gpu:
-        lines.append(Component("best state", trained.best, "the best validated parameters"))
-    return tuple(line for line in lines if line.bytes)
+    if needs.on_gpu:
+        return tuple(here)
+    rows = Component("rows", ROW_BYTES_PER_TOKEN * needs.row_tokens, "token ids, masks, texts")
+    return *here, Component("best state", trained.best, "the best validated parameters"), rows
 
 
-def _transient(needs: Needs) -> tuple[Component, ...]:
-    one = needs.heaviest
-    if one is None:
-        return ()
-    backward = Component("logits and backward", one.peak - one.activations, "of one chunk, one layer at a time")
-    activations = Component("activations", one.activations, f"of {one.tokens:,} tokens, kept for backward")
-    slack = 0 if needs.on_gpu else round((HEAP_SLACK - 1) * one.heap)
-    return activations, backward, *([Component("heap", slack, "holes between tensors")] if slack else [])
-
-
-def _mapped(needs: Needs) -> int:
-    return needs.heaviest.peak - needs.heaviest.heap if needs.heaviest else 0
+def _transient(one: Pass, on_gpu: bool) -> tuple[Component, ...]:
+    return (
+        Component("activations", one.activations, f"of {one.tokens:,} tokens, kept for backward"),
+        Component("logits", one.logits, "of one chunk of counted tokens"),
+        Component("backward", one.peak - one.activations - one.logits, "gradients of one layer at a time"),
+        Component("heap", 0 if on_gpu else round((HEAP_SLACK - 1) * one.heap), "holes between tensors"),
+    )
 
 
 def _verification(needs: Needs, held: Sequence[Component], left: Sequence[Component]) -> tuple[Moment, ...]:
     if not needs.verifies:
         return ()
-    twin = Component("twin", 2 * needs.weights, "the base once more in the next higher precision")
-    return (Moment("verification", (*held, *left, twin)),)
+    copies = 2 * needs.weights + needs.converted - HEAP_REUSED * sum(component.bytes for component in left)
+    twin = Component("twin", max(0, round(copies)), "the base in the next higher precision, beside the heap")
+    return (Moment.of("verification", *held, *left, twin),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +257,10 @@ class Speed:
 
     def seconds(self, work: Work) -> float:
         """Training with validation; loading, checkpoints and verification come on top."""
-        step = self.per_step + work.passes * self.per_pass + work.tokens * self.layers + work.targets * self.head
+        step = work.passes * self.per_pass + work.tokens * COLD * self.layers + work.targets * self.head
         validation = (
             work.validation_passes * self.per_pass
-            + work.validation_tokens * self.layers_forward
+            + work.validation_tokens * COLD * self.layers_forward
             + work.validation_targets * self.head_forward
         )
-        return work.num_steps * step + work.num_validations * validation
+        return work.num_steps * (self.per_step + step) + work.num_validations * validation

@@ -78,6 +78,21 @@ def measure_speed(base: Base, slot: Slot, lengths: Sequence[int], targets: int, 
     )
 
 
+def layer_kinds(base: Base, slot: Slot) -> list[Kind]:
+    """The kind of every decoder layer, the lowest first."""
+    stack = base.host.placement.layers(base.model)
+    layers: nn.ModuleList = base.model.get_submodule(stack)  # type: ignore[assignment]
+    embedding = base.model.get_input_embeddings().weight  # type: ignore[operator]
+    flows = bool(slot.virtual_ids) or any(p is embedding for p in slot.parameters.values())
+    kinds = []
+    for number, layer in enumerate(layers):
+        prefix = f"{stack}.{number}."
+        own = {name.removeprefix(prefix): p.shape for name, p in slot.parameters.items() if name.startswith(prefix)}
+        kinds.append(Kind(tuple(p.shape for p in layer.parameters()), tuple(own.items()), flows))
+        flows = flows or bool(own)
+    return kinds
+
+
 class _Decoder:
     """The base's decoder with none or one of its layers."""
 
@@ -85,7 +100,7 @@ class _Decoder:
         self.base, self.slot, self.device = base, slot, device
         self.name = base.host.placement.layers(base.model)
         self.layers: nn.ModuleList = base.model.get_submodule(self.name)  # type: ignore[assignment]
-        self.kinds = [self._kind(number) for number in range(len(self.layers))]
+        self.kinds = layer_kinds(base, slot)
         base.model.set_submodule(self.name, nn.ModuleList())
         embedding: nn.Module = base.model.get_input_embeddings()  # type: ignore[operator]
         for module in base.model.base_model.modules():  # type: ignore[union-attr]
@@ -119,6 +134,7 @@ class _Decoder:
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])[None]
 
         def once() -> float:
+            embeds.grad = None
             started = time.perf_counter()
             with torch.set_grad_enabled(backward), self.base.host.run(plan):
                 output = self.base.model.base_model(  # type: ignore[operator]
@@ -130,18 +146,6 @@ class _Decoder:
             return time.perf_counter() - started
 
         return once
-
-    def _kind(self, number: int) -> Kind:
-        parameters = self.slot.parameters
-        prefixes = tuple(f"{self.name}.{k}." for k in range(number))
-        embedding = self.base.model.get_input_embeddings().weight  # type: ignore[operator]
-        below = any(name.startswith(prefixes) or p is embedding for name, p in parameters.items())
-        own = {name: p.shape for name, p in parameters.items() if name.startswith(f"{self.name}.{number}.")}
-        return Kind(
-            tuple(p.shape for p in self.layers[number].parameters()),
-            tuple((name.removeprefix(f"{self.name}.{number}."), shape) for name, shape in own.items()),
-            below or bool(self.slot.virtual_ids),
-        )
 
     def _fill_layer(self, place: int) -> None:
         for module in self.layers[place].modules():

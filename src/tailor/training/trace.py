@@ -64,9 +64,12 @@ def trace_pass(base: Base, slot: Slot, batch: Batch) -> Pass:
     try:
         with base.host.run(plan), _FusedAttention(ledger), ledger:
             hidden = base.hidden(plan, ids, ids)
-            kept = ledger.live
-            logprobs = token_logprobs(hidden[targets], base.head, targets)
-            del hidden
+            kept = ledger.highest = ledger.live
+            counted = hidden[targets]
+            if counted.requires_grad:
+                counted.register_hook(ledger.end_of_head)
+            logprobs = token_logprobs(counted, base.head, targets)
+            del hidden, counted
             forward_flops = ledger.flops
             logprobs.sum().backward()
             del logprobs
@@ -80,6 +83,7 @@ def trace_pass(base: Base, slot: Slot, batch: Batch) -> Pass:
         tokens=batch.num_tokens,
         targets=len(targets),
         activations=kept + dropped,
+        logits=(ledger.head or ledger.highest) - kept,
         peak=ledger.peak + dropped,
         heap=ledger.heap_at_peak + dropped,
         forward_flops=forward_flops,
@@ -134,12 +138,13 @@ def _dropout_bytes(base: Base, slot: Slot, tokens: int) -> int:
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of every storage made inside while it lives, and the operations of matrix products.
 
-    `heap_at_peak` is the part of the peak in tensors below HEAP_LIMIT.
+    `heap_at_peak` is the part of the peak in tensors below HEAP_LIMIT, `highest` the peak since it was last set, and
+    `head` what that was when the loss head's backward ended.
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.heap_at_peak = self.flops = 0
+        self.live = self.peak = self.heap_at_peak = self.highest = self.head = self.flops = 0
         self._heap = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -164,8 +169,13 @@ class _Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._free, key, size)
         self.live += size
         self._heap += size * (size < HEAP_LIMIT)
+        self.highest = max(self.highest, self.live)
         if self.live > self.peak:
             self.peak, self.heap_at_peak = self.live, self._heap
+
+    def end_of_head(self, grad: Tensor) -> None:
+        """Called by autograd when the gradient of the head's input is there."""
+        self.head = self.highest
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)

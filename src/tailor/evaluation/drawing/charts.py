@@ -189,19 +189,24 @@ def _level_line(level: Level, plot: Plot) -> Markup:
 def _level_label(level: Level, plot: Plot, taken: Sequence[Box]) -> tuple[Markup, Box]:
     """The name on its line where nothing stands in the way: above, below, then further off with a line that leads back.
 
-    Each time from the left to the right.
+    Each time from the left to the right; shortened where the whole name finds no room.
     """
-    text = shortened(level.label, 30)
-    y, width = plot.y.held(level.score), text_width(text)
-    rightmost = max(plot.area.left + 5, plot.area.right - width)
-    lefts = range(int(plot.area.left) + 4, int(rightmost) + 1, 8)
-    tops = [y - LINE_HEIGHT, y, y - 28, y + 12, y - 42, y + 26]
-    boxes = [Box(left, top, left + width, top + LINE_HEIGHT) for top in tops for left in lefts]
-    box = next((box for box in boxes if not any(box.meets(other) for other in taken)), boxes[0])
+    y = plot.y.held(level.score)
+    tries = [(text, _level_boxes(y, text, plot)) for text in (shortened(level.label, n) for n in (30, 18, 12))]
+    free = ((text, box) for text, boxes in tries for box in boxes if not any(box.meets(other) for other in taken))
+    text, box = next(free, (tries[0][0], tries[0][1][0]))
     name = tag("text", text, class_="level-label", x=box.left, y=box.bottom - 4)
     edge = min(max(y, box.top), box.bottom)
     leader = [tag("path", class_="leader", d=path([(box.left, edge), (box.left, y)]))] if edge != y else []
     return tag("g", *leader, name, class_="plain"), box
+
+
+def _level_boxes(y: float, text: str, plot: Plot) -> list[Box]:
+    width = text_width(text)
+    rightmost = max(plot.area.left + 5, plot.area.right - width)
+    lefts = range(int(plot.area.left) + 4, int(rightmost) + 1, 8)
+    tops = [y - LINE_HEIGHT, y, y - 28, y + 12, y - 42, y + 26]
+    return [Box(left, top, left + width, top + LINE_HEIGHT) for top in tops for left in lefts]
 
 
 def _band(plot: Plot, one: Series) -> Markup:
