@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tailor.recipes.compare import compare
     from tailor.recipes.compare_settings import CompareRecipe
     from tailor.recipes.evaluate import evaluate
+    from tailor.recipes.plan import plan
+    from tailor.recipes.recommend import recommend
     from tailor.recipes.tune import TuneRecipe, resume, tune
     from tailor.recipes.verify import verify
     from tailor.techniques import TECHNIQUES
@@ -47,7 +49,9 @@ __all__ = [
     "evaluate",
     "load",
     "load_base",
+    "plan",
     "read_records",
+    "recommend",
     "resume",
     "tune",
     "verify",
@@ -70,7 +74,9 @@ _HOMES = {
     "evaluate": "tailor.recipes.evaluate",
     "load": "tailor.inference.load",
     "load_base": "tailor.models.base",
+    "plan": "tailor.recipes.plan",
     "read_records": "tailor.data.readers",
+    "recommend": "tailor.recipes.recommend",
     "resume": "tailor.recipes.tune",
     "tune": "tailor.recipes.tune",
     "verify": "tailor.recipes.verify",

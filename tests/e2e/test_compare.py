@@ -17,7 +17,7 @@ from tailor.data.readers import read_records
 from tailor.data.records import completion_of, prompt_of
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError
 from tailor.inference.load import load
-from tailor.recipes import compare_bases, compare_measure
+from tailor.recipes import compare_bases, compare_measure, compare_probes
 from tailor.recipes.compare import CompareResult, compare, redraw, resume_comparison
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.techniques import TECHNIQUES
@@ -158,6 +158,29 @@ def test_no_two_copies_of_a_base_are_held(tiny_folder: Path, rows: Path, monkeyp
     compare(quick(tiny_folder, rows, techniques=["full"], sizes=[8], tune=True, trials=3))
     assert len(held) >= 4
     assert set(held) == {0}
+
+
+def test_each_is_timed_with_the_base_to_itself_against_a_plain_one(
+    tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str | None], list[int]]] = []
+    original = compare_probes.latency
+
+    def listening(own: Any, names: Any, prompts: Any, *, models: Any = None, **options: Any) -> Any:
+        backends = [own, *(models or {}).values()]
+        seen.append((list(names), [len(backend.base.host.slots) for backend in backends]))
+        return original(own, names, prompts, models=models, repeats=1, **options)
+
+    monkeypatch.setattr(compare_probes, "latency", listening)
+    result = compare(recipe(tiny_folder, rows, techniques=["prompting", "lora", "full"], baselines=False))
+    assert not (result.folder / "merged").exists()
+    assert seen == [
+        ([None], [0]),
+        (["prompting"], [1, 0]),
+        (["lora"], [1, 0]),
+        ([None], [0, 0]),  # LoRA, merged
+        ([None], [0, 0]),  # full, a model of its own
+    ]
 
 
 def test_every_technique_gets_the_same_budget(tiny_folder: Path, rows: Path) -> None:

@@ -114,9 +114,10 @@ def test_the_same_command_prints_a_finished_comparison_without_work(
 
 def test_it_is_finished_when_it_has_a_report(tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = quick(tiny_folder, rows, techniques=["prompting"])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(compare_module, "render_html", lambda report: (_ for _ in ()).throw(KeyboardInterrupt))
-        compare(one)
+        with pytest.raises(KeyboardInterrupt):
+            compare(one)
     assert unfinished() == ["mine"]
     compare(one)
     assert unfinished() == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tailor.evaluation import memory
-from tailor.evaluation.memory import peak_of
+from tailor.evaluation.memory import highest, peak_of
 from tailor.training.progress import peak_memory
 
 MB = 1_000_000
@@ -69,3 +69,14 @@ def test_on_a_gpu_tensors_there_count() -> None:
     with peak_of(device) as second:
         pass
     assert first.bytes - second.bytes >= 50 * MB
+
+
+def test_the_highest_point_so_far_can_be_asked_inside_the_block() -> None:
+    with peak_of() as peak:
+        before = highest()
+        tensor = torch.ones(150 * MB, dtype=torch.uint8)
+        assert int(tensor[-1]) == 1
+        del tensor
+        after = highest()
+    assert after - before >= 140 * MB
+    assert peak.bytes >= after

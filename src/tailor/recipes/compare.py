@@ -28,7 +28,7 @@ from tailor.recipes.compare_bases import LOADED, check_unchanged, machine_facts,
 from tailor.recipes.compare_cells import Cell, Comparison
 from tailor.recipes.compare_groups import GROUPS, split_off
 from tailor.recipes.compare_measure import measure
-from tailor.recipes.compare_probes import passages, probe
+from tailor.recipes.compare_probes import MERGED, passages, probe
 from tailor.recipes.compare_rows import Rows, read_rows, sizes_of, that_fit, write_sides
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.recipes.machine import describe_machine
@@ -159,7 +159,7 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier comparison left; its manifest first: without one, the next start begins anew as well."""
     for name in ("comparison.json", GROUPS, LOADED, "report.json", "report.html", "report.md"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("cells", "probes", "passes", "data"):
+    for name in ("cells", "probes", "passes", "data", MERGED):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
 

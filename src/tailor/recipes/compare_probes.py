@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +21,14 @@ from tailor.models.base import Base, load_base
 from tailor.models.slots import Slot
 from tailor.recipes.compare_cells import Comparison, takes_its_row
 from tailor.recipes.tune import BaseSettings
-from tailor.runs import home
 from tailor.store import write_json
 from tailor.text.messages import Message
 
 NUM_PROMPTS = 8
 """Test prompts that the probes ask, evenly spread over the test rows."""
+
+MERGED = "merged"
+"""In a comparison's folder, for as long as it is measured: a customization folded into a copy of the base."""
 
 NUM_TOKENS = 16
 """New tokens of each request that is timed."""
@@ -67,7 +69,7 @@ def _probe(comparison: Comparison, settings: BaseSettings) -> dict[str, Any]:
             if artifact.is_base:
                 _owned(found, name, artifact, base, settings, prompts, texts)
             elif name in slots and all(technique.traits.merges for technique in artifact.techniques):
-                _merged(found, name, artifact, base, prompts)
+                _merged(found, name, artifact, base, prompts, comparison.folder / MERGED)
     return found
 
 
@@ -155,16 +157,20 @@ def _owned(
         found["latency"][name] = _paired(found, own, None, LocalBackend(base), prompts)
 
 
-def _merged(found: dict[str, Any], name: str, artifact: Artifact, base: Base, prompts: Prompts) -> None:
-    """The customization folded into a copy of the base."""
+def _merged(found: dict[str, Any], name: str, artifact: Artifact, base: Base, prompts: Prompts, folder: Path) -> None:
+    """The customization folded into a copy of the base, which is written to `folder` and removed again."""
     if base.num_parameters >= MAX_TWIN_PARAMETERS or not found["latency"]:
         return
     gc.collect()
-    with tempfile.TemporaryDirectory(dir=home(), prefix=".merged-") as folder:
+    shutil.rmtree(folder, ignore_errors=True)  # left by a kill
+    folder.mkdir()
+    try:
         with _attached(base, artifact) as slot:
-            write_merged(base, slot, artifact.techniques, Path(folder))
+            write_merged(base, slot, artifact.techniques, folder)
         own = LocalBackend(load_base(folder, str(base.device), str(base.dtype).removeprefix("torch.")))
         found["merged"][name] = _paired(found, own, None, LocalBackend(base), prompts)
+    finally:
+        shutil.rmtree(folder)
 
 
 def _paired(

@@ -21,6 +21,7 @@ from tailor.recipes.tune import TuneRecipe
 from tailor.runs import home
 from tailor.training.estimate import PROCESS
 from tailor.training.progress import peak_memory
+from tailor.training.settings import Resolved
 from tailor.training.speed import measure_speed
 from tailor.training.trace import weightless_base
 
@@ -105,7 +106,7 @@ class RunPlan:
             "techniques": [technique.type for technique in sketch.recipe.technique],
             "num_parameters": sketch.slot.num_parameters,
             "rows": {"train": sketch.num_train, "validation": sketch.num_validation, "sampled": sketch.sampled},
-            "training": None if resolved is None else asdict(resolved),
+            "training": None if resolved is None else _schedule(resolved),
             "memory": {
                 "peak": estimate.peak.bytes,
                 "peak_moment": estimate.peak.name,
@@ -124,6 +125,11 @@ class RunPlan:
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
             "notes": list(self.notes),
         }
+
+
+def _schedule(resolved: Resolved) -> dict[str, int]:
+    """Steps and rows. The learning rate may be relative to word embeddings, which were not read."""
+    return {name: value for name, value in asdict(resolved).items() if name != "learning_rate"}
 
 
 def plan(

@@ -83,7 +83,7 @@ class Technique(Strict):
         return self
 
     def smaller(self) -> Self | None:
-        """The next form that takes less of the context, for rows that do not fit; None when there is none."""
+        """The next form that takes less: for rows that do not fit, or are too few; None when there is none."""
         return None
 
     @abstractmethod
