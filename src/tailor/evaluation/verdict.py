@@ -210,16 +210,25 @@ class _Verdict:
     def _baseline_headline(self, best: Row, pick: Row) -> str:
         title, own = self.titles[best["id"]], self.titles[pick["id"]]
         difference = self.differences[pick["id"]]
+        lead = self._needs_no_tuning(best)
         if difference.tie:
             return (
-                f"No model needs tuning for this, as far as {self._num_rows()} test rows show: {own} reaches "
+                f"{lead}, as far as {self._num_rows()} test rows show: {own} reaches "
                 f"{self._score(pick)} without a language model, and ties with the best, {title}, "
                 f"{self._score(best)} ({self._noise_of(pick)})."
             )
         return (
-            f"No model needs tuning for this: {own} reaches {self._score(pick)} without a language model, more than "
+            f"{lead}: {own} reaches {self._score(pick)} without a language model, more than "
             f"the best of the others, {title}, {self._score(best)}."
         )
+
+    def _needs_no_tuning(self, best: Row) -> str:
+        """Where a text follows the label, a baseline copies it from a training row: the score speaks of the label."""
+        cells = self.board.cells(best["id"], self.size)
+        kind = cells[0]["evaluation"].get("kind") if cells else None
+        if kind in ("labels and text", "answers and text"):
+            return f"For the {self.board.metric} alone no model needs tuning (a baseline's texts are copies)"
+        return "No model needs tuning for this"
 
     def _noise_of(self, row: Row) -> str:
         return f"difference {_apart(self.differences[row['id']])} is within the noise"

@@ -15,11 +15,9 @@ from tailor.recipes.compare_rows import Draw
 from tailor.recipes.compare_settings import Entry
 from tailor.recipes.machine import memory
 from tailor.store import write_json
+from tailor.training.estimate import slot_bytes
 
 GROUPS = "groups.json"
-
-BYTES_PER_PARAMETER = 20
-"""Of a slot under training, in fp32: value, gradient, two moments, and the best values so far."""
 
 
 def groups_of(
@@ -56,7 +54,7 @@ def _that_fit(comparison: Comparison, base: Base, entries: Sequence[Entry], draw
     groups: list[list[str]] = [[]]
     used = 0
     for entry in entries:
-        needs = BYTES_PER_PARAMETER * _num_parameters(comparison, base, entry, draw)
+        needs = slot_bytes(_num_parameters(comparison, base, entry, draw))
         if groups[-1] and used + needs > room:
             groups.append([])
             used = 0
