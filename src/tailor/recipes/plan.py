@@ -25,9 +25,12 @@ from tailor.training.settings import Resolved
 from tailor.training.speed import measure_speed
 from tailor.training.trace import weightless_base
 
-MEMORY_ERROR = 0.10
-SECONDS_ERROR = 0.30
-"""How far estimates of memory and seconds are off: benchmarks/plan_error.py, its result of the newest date."""
+MEMORY_ERROR = 0.12
+SECONDS_ERROR = 0.50
+"""How far estimates are off: memory by 12 % at worst; three in four of the times by less than this, mostly too long.
+
+benchmarks/plan_error.py, its result of the newest date.
+"""
 
 TIGHT = 0.85
 """Share of the free memory from which on a run that fits is called tight."""
