@@ -27,7 +27,7 @@ from tailor.training.trace import weightless_base
 
 MEMORY_ERROR = 0.10
 SECONDS_ERROR = 0.50
-"""How far estimates are off: 13 of 14 memories and three in four of the times by no more than this, times mostly too long.
+"""How far estimates are off: 13 of 14 memories and three in four of the times by no more; times are mostly too long.
 
 benchmarks/plan_error.py, its result of the newest date.
 """
