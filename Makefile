@@ -30,7 +30,7 @@ check: $(VENV)/.dev ## style, types, the import rule, documents in step with the
 	$(BIN)/python docs/build.py --check
 
 bench: $(VENV)/.dev ## every program in benchmarks/, side by side with peers
-	@set -e; for program in benchmarks/*.py; do \
+	@set -e; for program in $$(grep -l "__main__" benchmarks/*.py); do \
 		[ -e "$$program" ] || { echo "there are no programs in benchmarks/"; break; }; \
 		echo "== $$program"; $(BIN)/python "$$program"; \
 	done

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from public_data import prepare
+from real_data import tailor
 
 CURVES: dict[str, list[str]] = {
     "banking77": ["--sizes", "64,512,2000", "--max-test-rows", "300"],
@@ -44,6 +42,9 @@ SHORT: dict[str, list[str]] = {
     "quartz": ["--max-test-rows", "134", "train.num_steps=80"],
     "factbook": ["--max-test-rows", "80", "evaluation.sampling={max_new_tokens: 50}", "train.num_steps=80"],
     "sgd-tool-calls": ["--max-test-rows", "80", "evaluation.sampling={max_new_tokens: 80}", "train.num_steps=60"],
+    "scitldr": ["--max-test-rows", "60", "evaluation.sampling={max_new_tokens: 60}", "train.num_steps=60"],
+    "wiki_bio": ["--max-test-rows", "59", "evaluation.sampling={max_new_tokens: 80}", "train.num_steps=60"],
+    "medquad": ["--max-test-rows", "60", "evaluation.sampling={max_new_tokens: 80}", "train.num_steps=60"],
 }
 """One size each, 300 rows: what recommend_rule.py judges the rule by, beside the curves."""
 
@@ -55,14 +56,8 @@ def compare(folder: Path, name: str, home: Path) -> dict[str, Any]:
     rows = prepare(folder, name, home / "rows")
     arguments = CURVES.get(name) or ["--sizes", "300", *SHORT[name]]
     pattern = ["--answer-pattern", rows.answer_pattern] if rows.answer_pattern else []
-    command = ["compare", str(rows.train), "--test", str(rows.test), "--name", name, *pattern, *arguments]
-    program = [sys.executable, "-c", "from tailor.cli.main import main; main()", *command, "--json"]
-    environment = {**os.environ, "TAILOR_HOME": str(home)}
-    done = subprocess.run(program, stdout=subprocess.PIPE, check=False, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+    data = [str(rows.train), "--test", str(rows.test), "--name", name]
+    return tailor("compare", *data, *pattern, *arguments, home=home)
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:

@@ -29,10 +29,14 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
 """Overrides of the defaults; each is printed with the result."""
 
 
-def tailor(*arguments: str) -> dict[str, Any]:
-    """Run a command with --json and return its result; its progress goes to this program's stderr."""
+def tailor(*arguments: str, home: Path | None = None) -> dict[str, Any]:
+    """Run a command with --json and return its result; its progress goes to this program's stderr.
+
+    `home` is its TAILOR_HOME, else this program's.
+    """
     command = [sys.executable, "-c", "from tailor.cli.main import main; main()", *arguments, "--json"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
+    environment = os.environ if home is None else {**os.environ, "TAILOR_HOME": str(home)}
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True, env=environment)
     if result.returncode:
         sys.exit(f"{' '.join(arguments)}: exit code {result.returncode}")
     parsed: dict[str, Any] = json.loads(result.stdout)

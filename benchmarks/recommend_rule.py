@@ -5,21 +5,17 @@ the score that a finished comparison measured for it. The rule is asked twice: a
 *other* data sets as evidence, so that it never sees its own answer. What beats what beyond noise is decided by paired
 differences over the test rows; the final answer by a bootstrap over data sets.
 
-    python benchmarks/recommend_rule.py DATA --reports HOME/comparisons [--run --minutes 60] [--names banking77 e2e ...]
+    python benchmarks/recommend_rule.py DATA --reports HOME/comparisons [--names banking77 e2e ...]
 
-With `--run`, comparisons that are missing are made first by `tailor compare`, each in its own process, as far as the
-minutes go; one that is interrupted is gone on with the next time.
+The comparisons are made by benchmarks/comparisons.py with the same `--home HOME`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -159,36 +155,6 @@ def show(found: Sequence[Case]) -> list[str]:
     ]
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Make the comparisons that are missing, one process each, as far as the minutes go."""
-    end = time.monotonic() + 60 * arguments.minutes
-    home = arguments.reports.absolute().parent
-    print(f"budget: {arguments.minutes:g} minutes; settings besides the defaults: {arguments.overrides or 'none'}")
-    for name in arguments.names:
-        left = end - time.monotonic()
-        if (arguments.reports / name / "report.json").is_file():
-            continue
-        if left <= 0:
-            print(f"{name}: not measured, the minutes are spent")
-            continue
-        data = prepare(arguments.folder, name, home / "data", max_train=arguments.max_train)
-        command = ["compare", str(data.train), "--test", str(data.test), "--name", name]
-        command += ["--techniques", arguments.techniques, "--sizes", arguments.sizes]
-        command += ["--max-test-rows", str(arguments.max_test), "--quiet", "--json"]
-        command += ["--answer-pattern", data.answer_pattern] if data.answer_pattern else []
-        command += ["save=false", *arguments.overrides]
-        start = time.monotonic()
-        program = [sys.executable, "-c", "from tailor.cli.main import main; main()", *command]
-        environment = {**os.environ, "TAILOR_HOME": str(home)}
-        try:
-            done = subprocess.run(program, env=environment, stdout=subprocess.DEVNULL, timeout=left, check=False)
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-        state = {0: "measured", -1: "interrupted, the minutes are spent"}.get(code, f"failed with exit code {code}")
-        print(f"{name}: {state} after {time.monotonic() - start:.0f} s", flush=True)
-
-
 def load(reports: Path, names: Sequence[str], base: str) -> list[Measured]:
     """The reports that are there and whose scores lie between 0 and 1, higher being better."""
     found = []
@@ -210,26 +176,18 @@ def load(reports: Path, names: Sequence[str], base: str) -> list[Measured]:
 
 
 def main() -> None:
-    """Measure what is missing (with --run), ask the rule, print the answer."""
+    """Ask the rule about what was measured, print the answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--reports", type=Path, help="holds NAME/report.json, and cells for paired answers")
     parser.add_argument("--names", nargs="+", default=list(DATA_SETS), choices=list(DATA_SETS), metavar="NAME")
     parser.add_argument("--base", default="tailor-nano")
-    parser.add_argument("--run", action="store_true", help="make missing reports by `tailor compare`")
-    parser.add_argument("--minutes", type=float, default=60.0, help="budget of --run")
-    parser.add_argument("--techniques", default="prompting,prompt_tuning,lora,full")
-    parser.add_argument("--sizes", default="32,300,2000")
     parser.add_argument("--max-train", type=int, default=3000)
-    parser.add_argument("--max-test", type=int, default=200)
-    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. train.num_steps=150")
     parser.add_argument("--output", type=Path, help="write cases and answers as JSON")
     arguments = parser.parse_args()
     if arguments.folder is None or arguments.reports is None:
         print("skipped: this program needs the folder of the public data sets and --reports (see --help)")
         return
-    if arguments.run:
-        run(arguments)
     measured = load(arguments.reports, arguments.names, arguments.base)
     if not measured:
         sys.exit("there is nothing to evaluate")

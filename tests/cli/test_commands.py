@@ -11,26 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from mood_rows import write_moods
 from tailor.cli.main import run
 from tailor.data.readers import read_records
 from tailor.data.records import PromptCompletion
 from tailor.data.writers import write_records
 from tailor.recipes import demo as demo_recipe
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A TAILOR_HOME for every test."""
-    monkeypatch.setenv("TAILOR_HOME", str(tmp_path / "home"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "moods.jsonl"
-    lines = [{"prompt": f"I feel {w} {k}", "completion": w} for k in range(12) for w in ("glad", "sad")]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_moods(tmp_path)
 
 
 @pytest.fixture
@@ -123,7 +116,7 @@ def test_what_goes_wrong_is_said_with_the_nearest_choice(
 ) -> None:
     assert run([a.replace("{rows}", str(rows)) for a in arguments]) == code
     assert told in capsys.readouterr().err
-    assert not list(own_home.glob("home/artifacts/*"))  # nothing half-written
+    assert not list(own_home.glob("artifacts/*"))  # nothing half-written
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:

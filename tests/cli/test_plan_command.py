@@ -8,22 +8,16 @@ from pathlib import Path
 import pytest
 import typer
 
+from mood_rows import write_moods
 from tailor.cli.main import run
 from tailor.cli.plan import num_bytes
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TAILOR_HOME", str(tmp_path / "home"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    path = tmp_path / "moods.jsonl"
-    lines = [{"question": f"I feel {w} {k}", "completion": w} for k in range(12) for w in ("glad", "sad")]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
+    return str(write_moods(tmp_path, column="question"))
 
 
 def test_a_data_file_is_planned_as_tune_would_take_it(
@@ -37,7 +31,7 @@ def test_a_data_file_is_planned_as_tune_would_take_it(
     for word in ("weights", "gradients", "optimizer", "activations", "logits", "best state", "sum", "disk:", "fits:"):
         assert word in out
     assert "time:" not in out
-    assert not (own_home / "home").exists()  # nothing is written
+    assert not own_home.exists()  # nothing is written
 
 
 def test_json_holds_everything_and_the_time(rows: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import technique_cases as cases
-from tailor.data.packing import Placed, pack
+from tailor.data.packing import MIN_SHARED, Placed, pack
 from tailor.errors import ConfigError, ConflictError
 from tailor.inference.backend import Request, SamplingParams
 from tailor.inference.local import LocalBackend
@@ -20,6 +20,7 @@ from tailor.objectives.objective import scored_by_slot
 from tailor.objectives.sft import SFT
 from tailor.techniques import TECHNIQUES, AnyTechnique, Technique
 from tailor.text.messages import user
+from tailor.text.tokenizer import VIRTUAL
 from tailor.training.trainer import Trainer, mean_loss
 from technique_cases import CASES, MIXED, PAIRS, SINGLES, TRAINED, Subject, attach, fresh, label
 from tiny_models import ARCHITECTURES, tiny_base
@@ -252,17 +253,20 @@ def test_the_result_does_not_depend_on_the_packing(subject: Subject) -> None:
 # transformers computes RMSNorm in fp32 even in a float64 model: a sum of gradients rounds there, LayerNorm's does not
 @pytest.mark.parametrize(("model_type", "tolerance"), [("gpt2", 1e-10), ("llama", 1e-7), ("gemma2", 1e-7)])
 @pytest.mark.parametrize("subject", SINGLES + PAIRS, ids=label)
+@pytest.mark.parametrize("grouped", [True, False])
 def test_shared_beginnings_change_neither_loss_nor_gradient(
-    subject: Subject, model_type: str, tolerance: float
+    subject: Subject, model_type: str, tolerance: float, grouped: bool
 ) -> None:
+    """Those of one group, and an instruction that rows of no group have in common."""
     base, slot = fresh(subject, model_type, torch.float64)
-    shared = cases.examples(base, slot, 1, 2)
     rows = []
-    for group, example in enumerate(shared):
+    for group, example in enumerate(cases.examples(base, slot, 1, 2)):
         first = list(example.loss_mask).index(1)
+        virtual = sum(token >= VIRTUAL for token in example.token_ids)
+        told = [*example.token_ids[:virtual], *range(20, 20 + MIN_SHARED), *example.token_ids[virtual:first]]
         for tail in ((5, 6, 7), (5, 8), tuple(example.token_ids[first:])):
-            ids = [*example.token_ids[:first], *tail]
-            rows.append(cases.Example(ids, [0] * first + [1] * len(tail), group))
+            mask = [0] * len(told) + [1] * len(tail)
+            rows.append(cases.Example([*told, *tail], mask, group if grouped else -1))
     placed = [Placed(row, slot.number, k) for k, row in enumerate(rows)]
     assert sum(b.num_tokens for b in pack(placed, 10_000, share_prefixes=True)) < sum(len(r.token_ids) for r in rows)
     plain = cases.losses_and_gradients(base, placed)

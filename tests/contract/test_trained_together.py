@@ -50,7 +50,7 @@ def parts(num_steps: int) -> dict[str, Part]:
             # validated on another task after every step: it gets worse there soon
             same | {"learning_rate": 0.03, "schedule": "constant", "validation": 99, "eval_every": 1, "patience": 1},
         ),
-        "diverges": Part(LoRA(rank=2, alpha=4), 5, same | {"learning_rate": 1e30, "schedule": "constant"}),
+        "diverges": Part(LoRA(rank=2, alpha=4), 5, same | {"learning_rate": 1e200, "schedule": "constant"}),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from comparison_runs import recipe
+from mood_rows import write_lines
 from tailor.recipes.compare import CompareResult, compare
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -31,19 +31,16 @@ def imports_are_kept(tiny_folder: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has its own TAILOR_HOME."""
-    monkeypatch.setenv("TAILOR_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+def own_home(own_home: Path) -> Path:
+    """Every test here has its own TAILOR_HOME."""
+    return own_home
 
 
 COLOURS = ("red", "green", "blue", "white")
 
 
 def write_rows(path: Path) -> Path:
-    lines = [{"prompt": f"thing number {k}?", "completion": COLOURS[k % 4]} for k in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_lines(path, ({"prompt": f"thing number {k}?", "completion": COLOURS[k % 4]} for k in range(40)))
 
 
 @pytest.fixture

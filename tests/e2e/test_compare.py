@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from comparison_runs import ALL, cells_of, quick, recipe, row_of
+from mood_rows import write_lines
 from tailor.artifacts.artifact import every, find
 from tailor.data.readers import read_records
 from tailor.data.records import completion_of, prompt_of
@@ -21,11 +22,6 @@ from tailor.recipes import compare_bases, compare_measure, compare_probes
 from tailor.recipes.compare import CompareResult, compare, redraw, resume_comparison
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.techniques import TECHNIQUES
-
-
-def write(path: Path, lines: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def test_every_technique_is_measured_on_the_same_rows(finished: Callable[[], CompareResult]) -> None:
@@ -136,7 +132,7 @@ def test_what_cannot_be_rendered_leaves_nothing_on_the_base(
     lines = [{"messages": [{"role": r, "content": f"{t} {k}"} for r, t in turns]} for k in range(12)]
     # with chats of several turns the combination can be attached, but its rows cannot be rendered
     both = {"name": "both", "technique": [{"type": "prompting", "shots": 1}, "lora"]}
-    chats = write(tmp_path / "chats.jsonl", lines)
+    chats = write_lines(tmp_path / "chats.jsonl", lines)
     result = compare(quick(tiny_folder, chats, techniques=[both], evaluation={"metrics": ["perplexity"]}))
     assert row_of(result, "both")["status"] == "failed"
     assert "trained_turns" in row_of(result, "both")["error"]["hint"]
@@ -221,7 +217,7 @@ def test_text_tasks_and_conversations(tiny_folder: Path, tmp_path: Path) -> None
         ]
         for k in range(24)
     ]
-    path = write(tmp_path / "chats.jsonl", [{"messages": t} for t in turns])
+    path = write_lines(tmp_path / "chats.jsonl", [{"messages": t} for t in turns])
     result = compare(recipe(tiny_folder, path, techniques=["prompting", "lora"]))
     assert result.report["metric"]["name"] == "rougeL"
     assert {row["name"] for row in result.report["rows"]} == {"base", "nearest neighbour", "prompting", "lora"}
@@ -231,14 +227,14 @@ def test_text_tasks_and_conversations(tiny_folder: Path, tmp_path: Path) -> None
 def test_shots_are_reduced_to_what_fits_and_it_is_said(tiny_folder: Path, tmp_path: Path) -> None:
     context = load(tiny_folder).base.max_seq_len
     words = "word " * (context // 12)
-    long = write(tmp_path / "a.jsonl", [{"prompt": f"{words}{k}", "completion": "ab"[k % 2]} for k in range(20)])
+    long = write_lines(tmp_path / "a.jsonl", [{"prompt": f"{words}{k}", "completion": "ab"[k % 2]} for k in range(20)])
     row = row_of(compare(quick(tiny_folder, long, techniques=["prompting"])), "prompting")
     assert row["status"] == "ok"
     assert any("reduced to shots" in note and "fits into the context" in note for note in row["notes"])
     # a training row is never asked: with shots of its own it need not fit
     lines = [{"prompt": f"q {k}", "completion": "ab"[k % 2]} for k in range(20)]
-    train = write(tmp_path / "b.jsonl", [*lines, {"prompt": "word " * (context // 8), "completion": "a"}])
-    sides = {"test": str(write(tmp_path / "t.jsonl", lines[:4])), "validation": str(tmp_path / "t.jsonl")}
+    train = write_lines(tmp_path / "b.jsonl", [*lines, {"prompt": "word " * (context // 8), "completion": "a"}])
+    sides = {"test": str(write_lines(tmp_path / "t.jsonl", lines[:4])), "validation": str(tmp_path / "t.jsonl")}
     fixed = {"type": "prompting", "selection": "fixed", "shots": 8}
     result = compare(quick(tiny_folder, train, name="asked", techniques=[fixed], data=sides))
     row = row_of(result, "prompting")
@@ -271,7 +267,7 @@ def test_two_bases_stand_side_by_side(tiny_folder: Path, rows: Path, tmp_path: P
 def test_preferences_are_refused_with_a_way_on(tiny_folder: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"p{k}", "chosen": "good", "rejected": "bad"} for k in range(8)]
     with pytest.raises(DataError, match="Comparison"):
-        compare(recipe(tiny_folder, write(tmp_path / "pairs.jsonl", lines)))
+        compare(recipe(tiny_folder, write_lines(tmp_path / "pairs.jsonl", lines)))
 
 
 @pytest.mark.parametrize(

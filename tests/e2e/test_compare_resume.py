@@ -143,6 +143,19 @@ def test_a_forced_comparison_stays_forced_when_it_goes_on(tiny_folder: Path, row
     assert row_of(resume_comparison("mine"), "prompting")["artifact"] == "mine-prompting"
 
 
+def test_a_comparison_on_a_relative_base_goes_on_from_another_folder(
+    tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_folder.parent)
+    one = quick(Path(tiny_folder.name), rows, techniques=["prompting"])
+    with pytest.raises(KeyboardInterrupt):
+        compare(one, progress=Killer([(f"{tiny_folder}/prompting/29/0: generate", 1)]))
+    with pytest.raises(ValueError, match="is named twice"):
+        type(one).model_validate({**one.model_dump(), "base": [tiny_folder.name, str(tiny_folder)]})
+    monkeypatch.chdir(tmp_path)
+    assert row_of(resume_comparison("mine"), "prompting")["id"] == f"{tiny_folder}/prompting"
+
+
 def test_what_has_changed_is_a_conflict(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -181,6 +194,29 @@ def test_a_technique_that_fails_takes_its_row_and_can_be_tried_again(
     assert row_of(retried, "lora")["status"] == "ok"
     assert row_of(retried, "lora")["inference"]["ratio"]["time_to_first_token"] > 0, "it is probed as well"
     assert row_of(retried, "prompt_tuning")["training"] == trained, "what went well is not trained again"
+
+
+def test_when_every_technique_fails_the_command_fails_after_its_report(
+    tiny_folder: Path, rows: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Any, slot: Any) -> None:
+        raise ConfigError("no linear layer matches")
+
+    given = ["compare", str(rows), "-b", str(tiny_folder), "-t", "prompt_tuning,lora", "-n", "mine", "--quiet"]
+    given += ["save=false", "baselines=false", "evaluation.metrics=[accuracy]", "train.num_steps=2"]
+    monkeypatch.setattr(TECHNIQUES["lora"], "attach", broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(TECHNIQUES["prompt_tuning"], "attach", broken)
+        assert run(given) == 1
+    told = capsys.readouterr()
+    report = own_home / "comparisons" / "mine" / "report.html"
+    assert report.is_file()
+    assert "no linear layer matches" in told.out
+    assert "error: all 2 techniques failed" in told.err
+    assert str(report) in told.err
+    assert unfinished() == []
+    assert run(["resume", "mine", "--quiet"]) == 1
+    assert run([*given, "--retry"]) == 0, "one that works is worth a table"
 
 
 def test_a_probe_that_cannot_be_made_is_noted(tiny_folder: Path, rows: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mood_rows import write_lines
 from tailor.artifacts.artifact import find
 from tailor.errors import ConflictError, DataError, InterruptedRunError, ResourceError
 from tailor.inference.load import load
@@ -136,6 +137,33 @@ def test_a_killed_run_resumes_to_the_same_numbers(kill_at: int, tiny_folder: Pat
     assert losses(killed.run) == losses(whole.run)
 
 
+def test_a_run_on_a_relative_base_is_resumed_from_another_folder(
+    tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 4)
+    monkeypatch.chdir(tiny_folder.parent)
+    with pytest.raises(InterruptedRunError):
+        tune(recipe(Path(tiny_folder.name), rows, "lora"), quiet=True)
+    monkeypatch.chdir(tmp_path)
+    assert resume("mine", quiet=True).artifact.manifest["base"]["name"] == str(tiny_folder)
+    named = recipe(Path("nobody/here"), rows, "lora").base  # what is no folder here may be a hub id
+    assert named.absolute() == named
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_ends_the_run_with_its_own_error(
+    number: int, code: str, tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "log", lambda self, step, **values: signal.raise_signal(number))
+    with pytest.raises(InterruptedRunError, match="stopped at step 1; the checkpoint is saved") as caught:
+        tune(recipe(tiny_folder, rows, "lora"), quiet=True)
+    assert caught.value.code == code
+    assert caught.value.hint == f"tailor resume {Run.open('mine').name}"
+    assert Run.open("mine").manifest["status"] == "interrupted"
+
+
 def test_resume_refuses_changed_data(tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, 4)
     with pytest.raises(InterruptedRunError):
@@ -246,12 +274,11 @@ def test_full_is_not_combined(tiny_folder: Path, rows: Path) -> None:
 
 
 def test_verification_renders_rows_as_the_run_did(tiny_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
     turns = [
         [{"role": role, "content": f"{text} {k}"} for role, text in (("user", "a"), ("assistant", "b")) * 2]
         for k in range(12)
     ]
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    path = write_lines(tmp_path / "chats.jsonl", ({"messages": messages} for messages in turns))
     settings = recipe(tiny_folder, path, "lora", num_steps=1)
     for trained_turns in ("all", "last"):
         data = settings.data.model_copy(update={"trained_turns": trained_turns})

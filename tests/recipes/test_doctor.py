@@ -15,12 +15,9 @@ from tailor.recipes import doctor as checks
 from tailor.recipes.doctor import Checked, check_base, check_extras, check_folders, check_hub, check_packages, doctor
 from tiny_models import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TAILOR_HOME", str(tmp_path / "home"))
 
 
 def by_name(found: list[Checked]) -> dict[str, Checked]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+from mood_rows import write_lines, write_moods
 from tailor.data.dataset import load_dataset
 from tailor.errors import ConfigError, DataError, ResourceError
 from tailor.models.files import EMBEDDED
@@ -19,23 +20,14 @@ from tailor.recipes.plan_estimate import estimate_tune, sketch_tune
 from tailor.recipes.tune import TuneRecipe, tune
 from tiny_models import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TAILOR_HOME", str(tmp_path / "home"))
-    return tmp_path
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "moods.jsonl"
-    lines = [
-        {"prompt": f"I feel {'so ' * (k % 9) * 8}{w} {k}", "completion": w} for k in range(12) for w in ("glad", "sad")
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_moods(tmp_path, repeats=8)
 
 
 def recipe_for(rows: Path, technique: Any = "lora", **train: Any) -> TuneRecipe:
@@ -45,11 +37,11 @@ def recipe_for(rows: Path, technique: Any = "lora", **train: Any) -> TuneRecipe:
 @pytest.mark.parametrize(
     "technique", ["lora", {"type": "prompt_tuning", "num_virtual_tokens": 7}, "full", {"type": "lora", "dropout": 0.1}]
 )
-def test_a_plan_counts_what_the_run_does(rows: Path, own_home: Path, technique: Any) -> None:
-    tiny_model().save_pretrained(own_home / "tiny")
-    tiny_tokenizer().hf.save_pretrained(own_home / "tiny")
+def test_a_plan_counts_what_the_run_does(rows: Path, tmp_path: Path, own_home: Path, technique: Any) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().hf.save_pretrained(tmp_path / "tiny")
     recipe = TuneRecipe(
-        base=str(own_home / "tiny"),
+        base=str(tmp_path / "tiny"),
         data={"train": str(rows)},
         technique=technique,
         train={"num_steps": 3, "batch_size": 100, "tokens_per_batch": 500, "eval_every": 2},
@@ -66,7 +58,7 @@ def test_a_plan_counts_what_the_run_does(rows: Path, own_home: Path, technique: 
     assert found.estimate.heaviest is not None
     assert found.estimate.heaviest.tokens <= 500
     artifact = sum(p.stat().st_size for p in result.artifact.folder.glob("*.safetensors"))
-    checkpoint = sum(p.stat().st_size for p in own_home.glob("home/runs/*/checkpoint/*.safetensors"))
+    checkpoint = sum(p.stat().st_size for p in own_home.glob("runs/*/checkpoint/*.safetensors"))
     assert disk.artifact == pytest.approx(artifact, abs=20_000)  # headers
     assert disk.checkpoint == pytest.approx(checkpoint, abs=20_000)
     assert disk.download == 0
@@ -118,7 +110,7 @@ def test_prompting_trains_nothing(rows: Path) -> None:
 def test_what_does_not_fit_gets_suggestions_that_do(rows: Path) -> None:
     recipe = recipe_for(rows, "full", batch_size=100, learning_rate=1e-4)
     fitting = plan(recipe, measure=False).estimate.peak.bytes
-    free = round(0.9 * fitting)
+    free = round(0.97 * fitting)
     found = plan(recipe, memory=free, measure=False)
     assert found.verdict == "does not fit"
     with pytest.raises(ResourceError, match="free") as caught:
@@ -187,11 +179,11 @@ def test_mistakes_are_those_of_tune(rows: Path) -> None:
     short = TuneRecipe(data={"train": str(rows), "max_seq_len": 8}, technique="lora", output={"name": "moods"})
     with pytest.raises(DataError, match=r"moods\.jsonl:"):
         plan(short)
-    pairs = rows.parent / "pairs.jsonl"
     lines = [{"prompt": f"p {k}", "chosen": "a", "rejected": "b"} for k in range(6)]
-    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(DataError, match="Comparison"):
-        plan(recipe_for(pairs))
+    pairs = recipe_for(write_lines(rows.parent / "pairs.jsonl", lines))
+    for mistaken in (lambda: plan(pairs), lambda: tune(pairs)):
+        with pytest.raises(DataError, match=r"a Comparison, but objective sft wants PromptCompletion or Conversation"):
+            mistaken()
 
 
 def test_the_speed_is_measured_for_a_run_that_fits(rows: Path) -> None:

@@ -16,6 +16,7 @@ from tailor.recipes.recommend_evidence import Evidence, evidence, measured, rank
 from tailor.recipes.recommend_rule import CHECKS, LADDER, SHOTS, Facts, Standing, by_ladder, step_of
 from tailor.techniques import TECHNIQUES
 from tailor.techniques.prompting import Prompting
+from tiny_models import tiny_model, tiny_tokenizer
 
 GIB = 2**30
 TRAITS = {name: TECHNIQUES[name].traits for name in ("prompting", "prompt_tuning", "lora", "full")}
@@ -354,6 +355,23 @@ def test_a_finished_comparison_of_the_file_is_quoted_and_not_asked_for_again(her
     assert found.ranking.first_technique == "lora"
     assert found.ranking.measured[0].endswith("Full fine-tuning is best.")
     assert found.commands == (f"tailor tune {path} --technique lora",)
+
+
+def test_a_comparison_on_a_local_base_is_found_by_its_relative_path(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, base = tickets(here), here / "tiny"
+    tiny_model("llama").save_pretrained(base)
+    tiny_tokenizer().hf.save_pretrained(base)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    folder = here / "home" / "comparisons" / "mine"
+    folder.mkdir(parents=True)
+    text = json.dumps(report(f"{digest}+0")).replace("tailor-nano", str(base))
+    (folder / "report.json").write_text(text)
+    monkeypatch.chdir(here)
+    found = recommend(path, base="tiny")
+    assert (found.facts.base, found.ranking.decided_by) == (str(base), "same rows")
+    assert "--base tiny" in found.commands[-1]
 
 
 def test_lora_is_always_among_those_to_compare_and_flags_travel(here: Path) -> None:

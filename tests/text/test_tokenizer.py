@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -136,3 +138,41 @@ def test_a_template_that_stamps_the_date_does_not_change_overnight() -> None:
     assert tokenizer.apply_chat_template([user("hi").to_dict()], (), True) == expected
     assert tokenizer.decode(make_renderer(tokenizer).prompt((user("hi"),))) == expected
     assert TEMPLATE_DAY.isoformat() == "2024-07-26T00:00:00"
+
+
+@pytest.mark.parametrize("kind", [*SPACED, "tiny"])
+@given(text=st.text(max_size=30) | st.sampled_from([*TEXTS, "a<|end|>b", "</s>", "<|user|>"]))
+def test_ids_are_those_of_a_plain_call_whatever_was_called_before(kind: str, text: str) -> None:
+    tokenizer = tiny_tokenizer() if kind == "tiny" else spaced_tokenizer(kind)
+    expected = list(tokenizer.hf(text, add_special_tokens=False)["input_ids"])
+    assert tokenizer.encode(text) == expected
+    tokenizer.hf(["some words", "more"], truncation=True, max_length=2, padding=True)  # it stays switched on
+    assert tokenizer.encode(text) == expected
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_called() -> None:
+    class Shouting(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _encode_plus(self, text: Any, **options: Any) -> Any:
+            return super()._encode_plus(
+                [part.upper() for part in text] if isinstance(text, list) else text.upper(), **options
+            )
+
+    hf = Shouting(tokenizer_object=tiny_tokenizer().hf.backend_tokenizer, eos_token="<|eos|>", bos_token="<|bos|>")
+    assert Tokenizer(hf).encode("hello") == tiny_tokenizer().encode("HELLO")
+
+
+def test_the_fingerprint_follows_vocabulary_template_and_special_tokens() -> None:
+    tokenizers = [
+        tiny_tokenizer(),
+        tiny_tokenizer(template=CHAT_TEMPLATE + " "),
+        tiny_tokenizer(leading_bos=True),
+        tiny_tokenizer(chat=False),
+        *(spaced_tokenizer(kind) for kind in SPACED),
+        spaced_tokenizer("first", bos=False),
+    ]
+    prints = [tokenizer.fingerprint for tokenizer in tokenizers]
+    assert None not in prints
+    assert len(set(prints)) == len(prints)
+    again = Tokenizer(tiny_tokenizer().hf)
+    again.encode("some words")
+    assert again.fingerprint == prints[0]

@@ -135,6 +135,7 @@ def test_a_prompt_is_loaded_and_verified_only() -> None:
 def test_seconds_and_operations_by_hand() -> None:
     work = Work(
         num_steps=10,
+        row_tokens=170.0,
         passes=2.0,
         tokens=150.0,
         targets=60.0,
@@ -143,7 +144,7 @@ def test_seconds_and_operations_by_hand() -> None:
         validation_tokens=400,
         validation_targets=100,
     )
-    assert work.num_tokens == 1500
+    assert work.num_tokens == 1700
     assert work.flops(ONE) == 1500 * 25 + 1200 * 10
     speed = Speed(layers=0.01, layers_forward=0.004, head=0.02, head_forward=0.01, per_pass=0.5, per_step=0.25)
     step = 0.25 + 2 * 0.5 + 150 * 0.01 * COLD + 60 * 0.02

@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def sketch(folder: Path, technique: Technique, model_type: str = "llama") -> tuple[Base, Slot]:
     tiny_model(model_type).save_pretrained(folder)
     tiny_tokenizer().hf.save_pretrained(folder)
-    base = weightless_base(str(folder), torch.float32)
+    base = weightless_base(str(folder), torch.float32, torch.device("cpu"))
     return base, base.host.attach([technique])
 
 

@@ -86,7 +86,7 @@ def test_activations_are_those_of_a_real_pass(tmp_path: Path, model_type: str, t
     model, name = saved(tmp_path, model_type)
     real = wrap_model(model, tiny_tokenizer(), torch.device("cpu"))
     real_slot = real.host.attach([TECHNIQUES[technique]])
-    base = weightless_base(name, torch.float32)
+    base = weightless_base(name, torch.float32, torch.device("cpu"))
     slot = base.host.attach([TECHNIQUES[technique]])
     batch = batch_for(real_slot)
     kept, _ = real_pass(real, real_slot, batch)
@@ -103,7 +103,7 @@ def test_operations_are_those_of_a_real_pass(tmp_path: Path, technique: str) -> 
     model, name = saved(tmp_path, "llama")
     real = wrap_model(model, tiny_tokenizer(), torch.device("cpu"))
     real_slot = real.host.attach([TECHNIQUES[technique]])
-    base = weightless_base(name, torch.float32)
+    base = weightless_base(name, torch.float32, torch.device("cpu"))
     batch = batch_for(real_slot)
     _, flops = real_pass(real, real_slot, batch)
     found = trace_pass(base, base.host.attach([TECHNIQUES[technique]]), batch)
@@ -116,7 +116,7 @@ def test_lora_adds_its_own_products(tmp_path: Path) -> None:
     _, name = saved(tmp_path, "llama")
     flops = {}
     for rank in (1, 5):
-        base = weightless_base(name, torch.float32)
+        base = weightless_base(name, torch.float32, torch.device("cpu"))
         slot = base.host.attach([LoRA(rank=rank, target_modules=("q_proj",))])
         flops[rank] = trace_pass(base, slot, batch_for(slot)).forward_flops
     # two products of rank × 64 per token and layer, two operations each
@@ -127,7 +127,7 @@ def test_nothing_is_differentiated_below_the_lowest_trained_layer(tmp_path: Path
     _, name = saved(tmp_path, "llama")
     found = []
     for layers in ((0,), (2,)):
-        base = weightless_base(name, torch.float32)
+        base = weightless_base(name, torch.float32, torch.device("cpu"))
         slot = base.host.attach([LoRA(rank=4, target_layers=layers)])
         found.append(trace_pass(base, slot, batch_for(slot)))
     assert found[1].activations < found[0].activations / 2
@@ -139,7 +139,7 @@ def test_nothing_is_differentiated_below_the_lowest_trained_layer(tmp_path: Path
 def test_every_architecture_is_traced_without_memory(tmp_path: Path, model_type: str) -> None:
     _, name = saved(tmp_path, model_type)
     for technique, dtype in ((LoRA(rank=4), torch.float32), (Full(), torch.bfloat16)):
-        base = weightless_base(name, dtype)
+        base = weightless_base(name, dtype, torch.device("cpu"))
         slot = base.host.attach([technique])
         found = trace_pass(base, slot, batch_for(slot))
         assert 0 < found.activations < found.peak
@@ -152,7 +152,7 @@ def test_narrow_tensors_take_half_and_dropout_takes_its_masks(tmp_path: Path) ->
     _, name = saved(tmp_path, "llama")
     found = {}
     for key, dtype, dropout in (("wide", torch.float32, 0.0), ("narrow", torch.bfloat16, 0.0), ("drop", None, 0.5)):
-        base = weightless_base(name, dtype or torch.float32)
+        base = weightless_base(name, dtype or torch.float32, torch.device("cpu"))
         slot = base.host.attach([LoRA(rank=4, target_modules=("q_proj", "down_proj"), dropout=dropout)])
         found[key] = trace_pass(base, slot, batch_for(slot)).activations
     assert 0.4 < found["narrow"] / found["wide"] < 0.75  # norms compute in fp32

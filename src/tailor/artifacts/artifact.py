@@ -24,7 +24,7 @@ from tailor.artifacts.files import (
     write_techniques,
 )
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
-from tailor.models.base import Base
+from tailor.models.base import Base, dtype_name
 from tailor.models.slots import Slot
 from tailor.runs import home
 from tailor.store import atomic_folder, write_json
@@ -127,7 +127,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_base(base: Base) -> dict[str, str]:
     """What `tailor.json` says of the base."""
-    return {"name": base.name, "fingerprint": base.fingerprint, "dtype": str(base.dtype).removeprefix("torch.")}
+    return {"name": base.name, "fingerprint": base.fingerprint, "dtype": dtype_name(base.dtype)}
 
 
 def update_manifest(artifact: Artifact, **facts: Any) -> Artifact:

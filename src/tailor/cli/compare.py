@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, SkipBadRows, draw, emit, pairs, say, stages
+from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, SkipBadRows, draw, emit, pairs, say
+from tailor.data.progress import stages
 
 app = typer.Typer(add_completion=False)
 
@@ -110,6 +111,7 @@ def _run(source: str, overrides: list[str], *, force: bool, retry: bool, as_json
     with stages(quiet) as progress:
         result = run_compare(loaded.recipe, command=command, force=force, retry=retry, progress=progress, say=tell)
     show(result, as_json)
+    result.check()
 
 
 def show(result: Any, as_json: bool) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, Quiet, draw, emit, say, stages
+from tailor.cli.output import AsJson, Quiet, draw, emit, say
+from tailor.data.progress import stages
 
 if TYPE_CHECKING:
     from rich.console import Console

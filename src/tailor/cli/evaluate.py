@@ -20,8 +20,8 @@ from tailor.cli.output import (
     numbers,
     pairs,
     say,
-    stages,
 )
+from tailor.data.progress import stages
 
 app = typer.Typer(add_completion=False)
 

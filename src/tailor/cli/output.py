@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -30,13 +29,12 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 SCHEMA_VERSION = 1
-SECONDS_BETWEEN_LINES = 5.0
-SHOWN_STAGES = 4
-"""Bars that stay on the screen; the oldest goes when another one begins."""
 
 
 def result_console() -> Console:
     """stdout, printing people's texts as they are: no markup, no emoji codes. In a file tables have 110 columns."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
 
 
@@ -54,45 +52,11 @@ def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None
 
 def draw(console: Console, report: RenderableType) -> None:
     """Print a report: tables in the console's width, its sentences unbroken so that they can be searched and copied."""
+    from rich.console import Group
+    from rich.text import Text
+
     for part in report.renderables if isinstance(report, Group) else [report]:
         console.print(part, soft_wrap=isinstance(part, Text))
-
-
-@contextmanager
-def stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress of long work on stderr, told as (stage, done, total): bars on a terminal, lines at times elsewhere."""
-    if quiet:
-        yield lambda stage, done, total: None
-        return
-    if not sys.stderr.isatty():
-        yield _stage_lines()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for old in list(tasks)[: max(0, len(tasks) - SHOWN_STAGES + 1)]:
-                    progress.remove_task(tasks.pop(old))
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield update
-
-
-def _stage_lines() -> Callable[[str, int, int], None]:
-    last = time.monotonic()
-
-    def line(stage: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            say(f"{stage} {done}/{total}")
-
-    return line
 
 
 def say(text: str) -> None:

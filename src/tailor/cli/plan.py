@@ -72,11 +72,12 @@ def num_bytes(text: str) -> int:
 
 def _show(found: RunPlan, console: Console) -> None:
     from tailor.evaluation.drawing.quantities import count, size
+    from tailor.models.base import dtype_name
     from tailor.recipes.plan import MEMORY_ERROR
 
     sketch, estimate = found.sketch, found.estimate
     kind = "+".join(technique.type for technique in sketch.techniques)
-    dtype = str(sketch.base.dtype).removeprefix("torch.")
+    dtype = dtype_name(sketch.base.dtype)
     console.print(f"{kind} on {sketch.recipe.base.name}", style="bold", soft_wrap=True)
     trained = sketch.slot.num_parameters
     share = f" ({trained / sketch.base.num_parameters:.2%})" if trained else ""

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, Quiet, say, stages
+from tailor.cli.output import AsJson, Quiet, say
 from tailor.cli.tune import show
+from tailor.data.progress import stages
 
 app = typer.Typer(add_completion=False)
 
@@ -32,6 +33,7 @@ def resume(
     with stages(quiet) as progress:
         result = resume_comparison(run, progress=progress, say=(lambda text: None) if quiet else say)
     show_comparison(result, as_json)
+    result.check()
 
 
 def _is_run(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from tailor.config import Strict
 from tailor.data.examples import Truncation
 from tailor.data.prepare import leakage, split
+from tailor.data.progress import Progress, silent
 from tailor.data.readers import Reading, read_records
 from tailor.data.records import Record
 from tailor.text.render import TrainedTurns
@@ -44,21 +46,23 @@ class DataSettings(ReadSettings):
 class Dataset:
     """Records ready for a run. `notes` says what a person should know: skipped rows, prompts on both sides."""
 
-    train: list[Record]
-    validation: list[Record]
+    train: Sequence[Record]
+    validation: Sequence[Record]
     content_hash: str
     notes: tuple[str, ...]
 
 
-def load_dataset(settings: DataSettings, seed: int) -> Dataset:
+def load_dataset(settings: DataSettings, seed: int, progress: Progress = silent) -> Dataset:
     """Read and split. Raises DataError, NotFoundError. A seeded split keeps each prompt on one side."""
-    reading = read(settings.train, settings)
+    reading = read(settings.train, settings, progress)
     notes = skipped_notes(reading)
     if settings.validation is None:
-        parts = split(reading.records, validation_fraction=settings.validation_fraction, seed=seed)
-        train, validation, digest = list(parts.train), list(parts.validation), reading.content_hash
+        train, validation = split(
+            reading.records, validation_fraction=settings.validation_fraction, seed=seed, progress=progress
+        )
+        digest = reading.content_hash
     else:
-        other = read(settings.validation, settings)
+        other = read(settings.validation, settings, progress)
         notes += skipped_notes(other)
         train, validation = reading.records, other.records
         digest = f"{reading.content_hash}+{other.content_hash}"
@@ -68,9 +72,15 @@ def load_dataset(settings: DataSettings, seed: int) -> Dataset:
     return Dataset(train[: settings.max_rows], validation, digest, tuple(notes))
 
 
-def read(path: str, settings: ReadSettings) -> Reading:
+def read(path: str, settings: ReadSettings, progress: Progress = silent) -> Reading:
     """The records of one file. Raises NotFoundError, DataError."""
-    return read_records(path, format=settings.format, columns=settings.columns, skip_bad_rows=settings.skip_bad_rows)
+    return read_records(
+        path,
+        format=settings.format,
+        columns=settings.columns,
+        skip_bad_rows=settings.skip_bad_rows,
+        progress=progress,
+    )
 
 
 def skipped_notes(reading: Reading) -> list[str]:

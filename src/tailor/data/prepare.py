@@ -7,10 +7,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tailor.data.cache import cache_key, cached
+from tailor.data.columns import ColumnWriter, Numbers
+from tailor.data.parallel import in_ranges
+from tailor.data.progress import Progress, silent
+from tailor.data.record_store import StoredRecords, select
 from tailor.data.records import (
     Comparison,
     Document,
@@ -29,10 +35,10 @@ Indices = np.ndarray[Any, np.dtype[np.intp]]
 
 
 class Split(NamedTuple):
-    """Rows to train on and rows to validate on, each in the order of the source."""
+    """Rows to train on and rows to validate on, each in the order of the source. Rows on disk stay there."""
 
-    train: list[Record]
-    validation: list[Record]
+    train: Sequence[Record]
+    validation: Sequence[Record]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +57,33 @@ class Leakage:
     normalised: tuple[tuple[int, int], ...]
 
 
-def split(records: Sequence[Record], *, validation_fraction: float = 0.1, seed: int = 0) -> Split:
+def split(
+    records: Sequence[Record], *, validation_fraction: float = 0.1, seed: int = 0, progress: Progress = silent
+) -> Split:
     """Put about `validation_fraction` of the rows aside; rows with the same (normalised) prompt stay together.
 
     Prompts are ranked by SHA-256 of (seed, prompt), so a prompt's rank does not depend on the other rows nor on
     their order. Down that ranking, whole prompts go to validation while they fit. Both sides get at least one row.
-    Raises DataError when there are fewer than two different prompts.
+    Raises DataError when there are fewer than two different prompts. The split of rows on disk is kept with them.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction is {validation_fraction}, it must be between 0 and 1")
-    ranks = _hashes(records, lambda record: f"{seed}\n{prompt_text(record, normalise=True)}")
-    num_prompts = sum(1 for _ in _groups(ranks))
+
+    def build(writer: ColumnWriter) -> dict[str, Any]:
+        writer.append("aside", _aside(records, validation_fraction, seed, progress))
+        return {}
+
+    columns = None
+    if isinstance(records, StoredRecords):
+        columns = cached("splits", cache_key("split", records.key, validation_fraction, seed), build)
+    aside = columns["aside"][0 : len(records)] if columns else _aside(records, validation_fraction, seed, progress)
+    return Split(select(records, np.flatnonzero(~aside)), select(records, np.flatnonzero(aside)))
+
+
+def _aside(records: Sequence[Record], validation_fraction: float, seed: int, progress: Progress) -> Numbers:
+    """Which rows go to validation."""
+    ranks = _hashes(records, lambda record: f"{seed}\n{prompt_text(record, normalise=True)}", progress)
+    num_prompts = sum(1 for _ in islice(_groups(ranks), 2))
     if num_prompts < 2:
         raise DataError(
             f"{len(records)} rows with {num_prompts} different prompts cannot be split: "
@@ -75,13 +97,12 @@ def split(records: Sequence[Record], *, validation_fraction: float = 0.1, seed: 
         if size + len(group) <= target:
             aside[group] = True
             size += len(group)
+            if size == target:
+                break
     if not size:
         # Every prompt has more rows than are wanted: the smallest group exceeds the target least.
         aside[min(_groups(ranks), key=len)] = True
-    return Split(
-        [record for record, held in zip(records, aside, strict=True) if not held],
-        [record for record, held in zip(records, aside, strict=True) if held],
-    )
+    return aside
 
 
 def duplicates(records: Sequence[Record]) -> Duplicates:
@@ -108,12 +129,17 @@ def leakage(train: Sequence[Record], validation: Sequence[Record]) -> Leakage:
     return Leakage(*found)
 
 
-def _hashes(records: Sequence[Record], text: Callable[[Record], str]) -> Hashes:
+def _hashes(records: Sequence[Record], text: Callable[[Record], str], progress: Progress = silent) -> Hashes:
     """SHA-256 of each record's text, cut to 128 bits (16 bytes per row; two rows in 10⁹ meet with p ≈ 10⁻²¹)."""
-    hashes = np.empty((len(records), 2), dtype=np.uint64)
-    for index, record in enumerate(records):
-        digest = hashlib.sha256(text(record).encode()).digest()
-        hashes[index] = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+    def digests(rows: range) -> bytes:
+        return b"".join(hashlib.sha256(text(records[k]).encode()).digest()[:16] for k in rows)
+
+    hashes, done = np.empty((len(records), 2), dtype=np.uint64), 0
+    for piece in in_ranges(digests, len(records), "split rows", progress):
+        some = np.frombuffer(piece, ">u8").reshape(-1, 2)
+        hashes[done : done + len(some)] = some
+        done += len(some)
     return hashes
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tailor.models.block_attention import Scores, block_attention
+
 if TYPE_CHECKING:
     from tailor.models.plan import Plan
 
@@ -73,6 +75,10 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
     """
     plan: Plan = module.slot_host.running()  # type: ignore[union-attr, operator]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if plan.in_blocks(query):
+        scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+        blocks = plan.blocks(query.shape[1] // key.shape[1], sliding_window, query.dtype)
+        return block_attention(query[0], key[0], value[0], blocks, scores)[None], None
     lengths = [segment.length for segment in plan.segments]
     # split, not slices: its backward is one concatenation, a slice's is a full-size zero tensor per segment
     queries, keys, values = (list(t.split(lengths, dim=2)) for t in (query, key, value))

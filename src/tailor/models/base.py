@@ -14,6 +14,7 @@ from tailor.errors import ConfigError, ResourceError
 from tailor.models import attention
 from tailor.models.attention import ATTENTION
 from tailor.models.files import fingerprint, resolve, weight_files
+from tailor.models.fused import fuse
 from tailor.models.loss_head import Head, token_logprobs
 from tailor.models.placement import placement_of, read_config
 from tailor.models.plan import Plan
@@ -129,7 +130,7 @@ def load_base(name_or_path: str | Path = "tailor-nano", device: str = "auto", dt
     except (RuntimeError, MemoryError, OSError) as error:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        size, name = count_parameters(config) * kind.itemsize / 2**30, str(kind).removeprefix("torch.")
+        size, name = count_parameters(config) * kind.itemsize / 2**30, dtype_name(kind)
         raise ResourceError(
             f"{name_or_path} does not fit on {where}: its weights take {size:.2g} GiB in {name}",
             hint="choose a smaller base" if kind.itemsize < 4 else "set dtype: bfloat16, or choose a smaller base",
@@ -162,6 +163,8 @@ def wrap_model(
     plain_experts(model)
     stock = _stock_probe(model, device)
     model.set_attn_implementation(ATTENTION)
+    if device.type == "cpu":
+        fuse(model)
     base = Base(name, folder or Path(), model, tokenizer, device, fingerprint(folder) if folder else "")
     _check_probe(base, stock)
     return base
@@ -184,21 +187,32 @@ def _stock_probe(model: Any, device: torch.device) -> Tensor:
 
 
 def _check_probe(base: Base, stock: Tensor) -> None:
-    """Two packed copies of the probe must give the stock model's logits: positions, masks, scales and caps agree."""
+    """Packed copies of the probe must give the stock model's logits: positions, masks, scales and caps agree.
+
+    Two plans, because attention may take two ways: sequences side by side, and two that continue a shared beginning.
+    """
     ids = _probe_ids(base.config)
-    plan = Plan.of([Segment(0, len(ids)), Segment(len(ids), 2 * len(ids))])
-    twice = torch.tensor(ids + ids, device=base.device)
-    positions = torch.arange(len(ids), device=base.device).repeat(2)
-    with torch.no_grad(), base.host.run(plan):
-        ours = base.head.logits(base.hidden(plan, twice, positions))[len(ids) :].float()
-    spread = float(stock.std()) or 1.0
-    off = float((ours - stock).abs().max()) / spread
+    half, end = len(ids) // 2, len(ids)
+    beside = [Segment(0, end), Segment(end, 2 * end)]
+    shared = [Segment(0, half), *(Segment(k * half, (k + 1) * half, parent=0, position0=half) for k in (1, 2))]
+    off = max(_off(base, ids + ids, beside, stock), _off(base, ids + ids[half:], shared, stock[half:]))
     limit = 1e-3 if base.dtype in (torch.float32, torch.float64) else 0.1
     if not off < limit:
         raise ConfigError(
             f"{base.name}: the packed forward pass differs from the stock model's by {off:.1e} of a logit's spread",
             hint="this architecture variant is not supported; nothing was trained or generated",
         )
+
+
+@torch.no_grad()
+def _off(base: Base, ids: list[int], segments: list[Segment], stock: Tensor) -> float:
+    """Greatest difference of the last sequence's logits from `stock`, relative to how much those vary."""
+    plan = Plan.of(segments)
+    positions = torch.cat([torch.arange(s.length) + s.position0 for s in segments]).to(base.device)
+    with base.host.run(plan):
+        ours = base.head.logits(base.hidden(plan, torch.tensor(ids, device=base.device), positions))
+    difference = (ours[-len(stock) :].float() - stock).abs().max()
+    return float(difference) / (float(stock.std()) or 1.0)
 
 
 def pick_device(device: str) -> torch.device:
@@ -220,6 +234,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown", hint=f"choices: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A precision as recipes and files spell it: `float32`, not `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def context_length(config: Any) -> int:

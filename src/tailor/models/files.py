@@ -47,6 +47,12 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     return _download(name, weights)
 
 
+def absolute_name(name: str) -> str:
+    """The absolute path where a base's name is that of a local folder, so that it means the same from any folder."""
+    folder = Path(name).expanduser()
+    return name if name in EMBEDDED or not folder.is_dir() else str(folder.absolute())
+
+
 def _checked(folder: Path, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"{folder} holds no config.json", hint="a base is a folder in the Hugging Face layout")

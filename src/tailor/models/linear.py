@@ -130,9 +130,12 @@ class _SlotAffine(torch.autograd.Function):
             grad_inner = part.scale * (rows_grad @ b.to(grad.dtype))
             grads.append((grad_inner.t() @ rows).to(a.dtype))
             grads.append((part.scale * (rows_grad.t() @ inner)).to(b.dtype))
-            if grad_x is not None:
-                through = grad_inner @ a.to(grad.dtype)
-                grad_x[part.start : part.end] += through if part.keep is None else through * part.keep
+            if grad_x is None:
+                continue
+            if part.keep is None:
+                grad_x[part.start : part.end].addmm_(grad_inner, a.to(grad.dtype))
+            else:
+                grad_x[part.start : part.end].addcmul_(grad_inner @ a.to(grad.dtype), part.keep)
         return (grad_x, None, None, None, *grads)
 
 

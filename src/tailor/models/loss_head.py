@@ -55,18 +55,20 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         head = Head(weight, bias, scale, softcap)
-        pieces = []
+        chosen, totals = [], []
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             z = head.logits(rows)
-            pieces.append(z.gather(1, wanted[:, None])[:, 0] - z.logsumexp(dim=1))
+            chosen.append(z.gather(1, wanted[:, None])[:, 0])
+            totals.append(z.logsumexp(dim=1))
         ctx.head, ctx.chunk, ctx.has_bias = (scale, softcap), chunk, bias is not None
-        ctx.save_for_backward(hidden, weight, targets, *([bias] if bias is not None else []))
-        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+        total = torch.cat(totals)
+        ctx.save_for_backward(hidden, weight, targets, total, *([bias] if bias is not None else []))
+        return torch.cat(chosen) - total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        hidden, weight, targets, *rest = ctx.saved_tensors
+        hidden, weight, targets, total, *rest = ctx.saved_tensors
         bias = rest[0] if ctx.has_bias else None
         scale, softcap = ctx.head
         head = Head(weight, bias, scale, softcap)
@@ -76,12 +78,12 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if ctx.needs_input_grad[2] else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             stop = start + ctx.chunk
-            rows, wanted, g = hidden[start:stop], targets[start:stop], grad[start:stop]
+            rows, wanted, g = hidden[start:stop], targets[start:stop], grad[start:stop, None]
             z = head.logits(rows)
-            slope = scale if softcap is None else scale * (1 - (z / softcap) ** 2)
-            dz = z.softmax(dim=1).neg_()
-            dz.scatter_add_(1, wanted[:, None], torch.ones_like(dz[:, :1]))
-            dz = (dz.mul_(g[:, None]) * slope).to(hidden.dtype)
+            slope = None if softcap is None else 1 - (z / softcap) ** 2
+            dz = z.sub_(total[start:stop, None]).exp_().mul_(-scale * g)
+            dz.scatter_add_(1, wanted[:, None], scale * g)
+            dz = (dz if slope is None else dz.mul_(slope)).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[start:stop] = dz @ weight
             if grad_weight is not None:

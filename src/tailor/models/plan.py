@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
 
 from tailor.data.packing import Batch, Segment
-from tailor.models.attention import KVCache
+from tailor.models.block_attention import Blocks
+
+if TYPE_CHECKING:
+    from tailor.models.attention import KVCache
+
+LONG_SEQUENCE = 1024
+"""Tokens of a sequence from which the stock attention kernel is as fast as blocks."""
 
 
 class Span(NamedTuple):
@@ -31,6 +40,27 @@ class Plan:
     caches: tuple[KVCache | None, ...]
     steps: Mapping[int, int] = field(default_factory=dict)
     training: bool = False
+    _blocks: dict[tuple[object, ...], Blocks] = field(default_factory=dict, compare=False, repr=False)
+
+    def in_blocks(self, query: Tensor) -> bool:
+        """Whether attention of these (1, H, T, D) queries runs in blocks: where that was measured to be faster.
+
+        That is on a CPU, outside generation: with shared beginnings, and in half precision up to LONG_SEQUENCE tokens
+        (docs/log.md). The stock kernel wins elsewhere.
+        """
+        if query.device.type != "cpu" or any(cache is not None for cache in self.caches):
+            return False
+        if any(segment.parent >= 0 for segment in self.segments):
+            return True
+        narrow = query.dtype in (torch.bfloat16, torch.float16)
+        return narrow and max(segment.length for segment in self.segments) <= LONG_SEQUENCE
+
+    def blocks(self, repeats: int, window: int | None, dtype: torch.dtype) -> Blocks:
+        """The blocks for `repeats` query heads per key head, made once for all layers alike."""
+        key = (repeats, window, dtype)
+        if key not in self._blocks:
+            self._blocks[key] = Blocks.of(self.segments, repeats, window, dtype)
+        return self._blocks[key]
 
     @staticmethod
     def of(

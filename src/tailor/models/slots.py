@@ -54,6 +54,11 @@ class Slot:
         """Trainable parameters."""
         return sum(p.numel() for p in self.parameters.values())
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether its passes in training are noisy: then no two sequences may share what is drawn for one."""
+        return any(delta.dropout for delta in self.deltas.values())
+
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator that depends on the slot's seed and `name` only, not on the order of attaching."""
         return torch.Generator().manual_seed(stable_seed(f"{self.seed}/{name}"))

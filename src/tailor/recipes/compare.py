@@ -16,14 +16,14 @@ import torch
 from tailor.artifacts import artifact as artifacts
 from tailor.config import dump_yaml, load_recipe
 from tailor.data.records import completion_of
-from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
+from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, TailorError, nearest
 from tailor.evaluation.comparison import build_report
 from tailor.evaluation.drawing.html import render_html
 from tailor.evaluation.drawing.markdown import render_markdown
 from tailor.evaluation.evaluate import EvalSettings, Progress
 from tailor.evaluation.scores import METRICS, metric_named
 from tailor.evaluation.task import Task, answers_of, find_task, known_answers
-from tailor.objectives import OBJECTIVES
+from tailor.objectives import find_objective
 from tailor.recipes.compare_bases import LOADED, check_unchanged, machine_facts, renderings
 from tailor.recipes.compare_cells import Cell, Comparison
 from tailor.recipes.compare_groups import GROUPS, split_off
@@ -45,6 +45,16 @@ class CompareResult:
 
     report: dict[str, Any]
     folder: Path
+
+    def check(self) -> None:
+        """Raise TailorError when every technique failed at every size: there is a report, but nothing to choose."""
+        techniques = [row for row in self.report["rows"] if row["kind"] == "technique"]
+        scored = {curve["id"] for curve in self.report["curves"] if curve["points"]}
+        if techniques and all(row["status"] == "failed" and row["id"] not in scored for row in techniques):
+            raise TailorError(
+                f"all {len(techniques)} techniques failed" if len(techniques) > 1 else "the only technique failed",
+                hint=f"the report says why: {self.folder / 'report.html'}; --retry measures them again",
+            )
 
 
 def compare(
@@ -128,12 +138,14 @@ def redraw(name_or_path: str | Path) -> CompareResult:
 
 
 def _absolute(recipe: CompareRecipe) -> CompareRecipe:
+    """The recipe with absolute paths, so that it can be gone on with from any folder."""
     paths = {key: getattr(recipe.data, key) for key in ("train", "validation", "test")}
     found = {key: str(Path(path).expanduser().absolute()) for key, path in paths.items() if path is not None}
     data = recipe.data.model_copy(update=found)
     text = recipe.general_text
     general = str(Path(text).expanduser().absolute()) if text is not None else None
-    return recipe.model_copy(update={"data": data, "general_text": general})
+    bases = tuple(base.absolute() for base in recipe.base)
+    return recipe.model_copy(update={"base": bases, "data": data, "general_text": general})
 
 
 def _open(recipe: CompareRecipe, folder: Path, command: str, force: bool) -> dict[str, Any]:
@@ -181,9 +193,7 @@ def _prepare(
     recipe: CompareRecipe, folder: Path, manifest: dict[str, Any], progress: Progress, say: Callable[[str], None]
 ) -> tuple[Comparison, dict[str, Any]]:
     """Rows, sizes, metrics; refuses what cannot work before anything is trained."""
-    if recipe.objective not in OBJECTIVES:
-        raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=nearest(recipe.objective, OBJECTIVES))
-    objective = OBJECTIVES[recipe.objective]()
+    objective = find_objective(recipe.objective)
     passages(recipe.general_text)
     rows = read_rows(recipe.data, objective)
     if manifest.get("data", {}).get("content_hash", rows.content_hash) != rows.content_hash:

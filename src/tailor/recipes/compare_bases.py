@@ -9,7 +9,7 @@ from typing import Any
 
 from tailor.data.examples import Rendering
 from tailor.errors import ConfigError, ConflictError
-from tailor.models.base import Base, load_base, pick_device, pick_dtype
+from tailor.models.base import Base, dtype_name, load_base, pick_device, pick_dtype
 from tailor.models.files import fingerprint, weight_files
 from tailor.recipes.base_facts import base_facts
 from tailor.recipes.compare_settings import CompareRecipe
@@ -43,7 +43,7 @@ def machine_facts(recipe: CompareRecipe) -> dict[str, str]:
 
 def _precision(settings: BaseSettings) -> dict[str, str]:
     device = pick_device(settings.device)
-    dtype = str(pick_dtype(settings.dtype, device)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype(settings.dtype, device))
     return {"device": device.type, "dtype": dtype}
 
 
@@ -87,7 +87,7 @@ class LoadedBase:
         base = load_base(self.settings.name, self.settings.device, self.settings.dtype)
         known = _loaded(self._folder)
         if base.name not in known:
-            dtype = str(base.dtype).removeprefix("torch.")
+            dtype = dtype_name(base.dtype)
             known[base.name] = {"fingerprint": base.fingerprint, "device": base.device.type, "dtype": dtype}
             write_json(self._folder / LOADED, known)
         return base

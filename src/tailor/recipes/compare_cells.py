@@ -19,17 +19,35 @@ from tailor.evaluation.task import Kind
 from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.objectives.objective import Objective
-from tailor.recipes.compare_rows import Draw, Rows, does_not_fit
+from tailor.recipes.compare_rows import RESERVE, Draw, Rows, does_not_fit
 from tailor.recipes.compare_settings import CompareRecipe, Entry
 from tailor.recipes.tune import bundles_of
 from tailor.recipes.verify import rendering_for
 from tailor.store import write_json
 from tailor.techniques import Technique
+from tailor.techniques.technique import training_defaults
 from tailor.training.settings import Resolved, TrainSettings, resolve_settings
 from tailor.training.trainer import SlotRun
 
 RATE_FACTORS = (1.0, 3.0, 1 / 3)
 """Learning rates of a tuning budget, relative to the technique's own."""
+
+
+NOTHING: Mapping[str, Any] = {
+    "error": None,
+    "settings": [],
+    "traits": None,
+    "num_parameters": 0,
+    "base_parameters": None,
+    "training": None,
+    "trials": [],
+    "evaluation": None,
+    "outcomes": [],
+    "artifact": None,
+    "artifact_bytes": None,
+    "notes": [],
+}
+"""What a cell says of which nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +111,8 @@ class Cell:
 
     def write(self, folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
         """Keep what was found, atomically; what `facts` leaves out is null or empty."""
-        empty: dict[str, Any] = {
-            "error": None,
-            "settings": [],
-            "traits": None,
-            "num_parameters": 0,
-            "base_parameters": None,
-        }
-        unknown: dict[str, Any] = {"training": None, "trials": [], "evaluation": None, "outcomes": [], "artifact": None}
-        more: dict[str, Any] = {"artifact_bytes": None, "notes": []}
         own = {"status": "ok", "kind": kind, **dataclasses.asdict(self)}
-        write_json(self.path(folder), {**empty, **unknown, **more, **own, **facts})
+        write_json(self.path(folder), {**NOTHING, **own, **facts})
 
 
 def measured(evaluation: Evaluation) -> dict[str, Any]:
@@ -143,7 +152,7 @@ class Trial:
     techniques: tuple[Technique, ...]
     slot: Slot
     rendering: Rendering
-    validation: list[Bundle]
+    validation: Sequence[Bundle]
     notes: list[str]
     run: SlotRun | None = None
     trained_with: TrainSettings | None = None
@@ -241,8 +250,7 @@ def _train_settings(
     recipe: CompareRecipe, entry: Entry, base: Base, num_rows: int, choice: Choice, seed: int
 ) -> tuple[TrainSettings, Resolved]:
     settings = recipe.train_of(entry).model_copy(update={"seed": seed})
-    defaults = [t.traits.defaults for t in entry.technique if t.traits.defaults is not None][-1]
-    resolved = resolve_settings(settings, defaults, num_rows, base.host.embedding_rms())
+    resolved = resolve_settings(settings, training_defaults(entry.technique), num_rows, base.host.embedding_rms())
     rate = resolved.learning_rate * choice.rate
     settings = settings.model_copy(update={"learning_rate": rate})
     return settings, dataclasses.replace(resolved, learning_rate=rate)
@@ -278,6 +286,8 @@ def _fitting(
 
 def _too_long(comparison: Comparison, base: Base, slot: Slot, draw: Draw) -> Record | None:
     """The first row that does not fit with what the slot adds: of those it answers, and of those it learns from."""
+    if slot.compose is None and len(slot.virtual_ids) <= RESERVE:
+        return None  # every row that is looked at was chosen to fit with so many tokens in front of it
     rows = list(comparison.rows.test)
     if comparison.recipe.data.truncation != "prompt":
         rows += [*draw.validation, *(draw.train if slot.parameters else ())]

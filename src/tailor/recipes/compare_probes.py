@@ -17,7 +17,7 @@ from tailor.errors import DataError
 from tailor.evaluation.parity import MAX_TWIN_PARAMETERS
 from tailor.evaluation.probes import forgetting, general_texts, latency, mixed_batch
 from tailor.inference.local import LocalBackend
-from tailor.models.base import Base, load_base
+from tailor.models.base import Base, dtype_name, load_base
 from tailor.models.slots import Slot
 from tailor.recipes.compare_cells import Comparison, takes_its_row
 from tailor.recipes.tune import BaseSettings
@@ -151,7 +151,7 @@ def _owned(
 ) -> None:
     """A model of its own answers as a base does."""
     gc.collect()  # of the model before: it and its slot host refer to each other
-    own = LocalBackend(load_base(artifact.folder, settings.device, str(base.dtype).removeprefix("torch.")))
+    own = LocalBackend(load_base(artifact.folder, settings.device, dtype_name(base.dtype)))
     found["forgetting"][name] = forgetting(own, [None], texts)[None].to_dict()
     if found["latency"]:
         found["latency"][name] = _paired(found, own, None, LocalBackend(base), prompts)
@@ -167,7 +167,7 @@ def _merged(found: dict[str, Any], name: str, artifact: Artifact, base: Base, pr
     try:
         with _attached(base, artifact) as slot:
             write_merged(base, slot, artifact.techniques, folder)
-        own = LocalBackend(load_base(folder, str(base.device), str(base.dtype).removeprefix("torch.")))
+        own = LocalBackend(load_base(folder, str(base.device), dtype_name(base.dtype)))
         found["merged"][name] = _paired(found, own, None, LocalBackend(base), prompts)
     finally:
         shutil.rmtree(folder)

@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from tailor.data.dataset import Dataset, DataSettings, load_dataset, read, skipped_notes
 from tailor.data.examples import Rendering
 from tailor.data.prepare import leakage, split
 from tailor.data.readers import Reading
+from tailor.data.record_store import select
 from tailor.data.records import Record
 from tailor.data.writers import write_records
 from tailor.errors import DataError
 from tailor.evaluation.task import answered
+from tailor.objectives import check_consumed
 from tailor.objectives.objective import Objective
 from tailor.recipes.compare_settings import CompareSettings
 
@@ -30,17 +34,17 @@ MIN_VALIDATION = 16
 class Draw:
     """What may be learned from at one size with one seed."""
 
-    train: list[Record]
-    validation: list[Record]
+    train: Sequence[Record]
+    validation: Sequence[Record]
 
 
 @dataclass(frozen=True)
 class Rows:
     """The three sides of a comparison. No prompt stands on two of them unless the user's own files say so."""
 
-    train: list[Record]
-    validation: list[Record]
-    test: list[Record]
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    test: Sequence[Record]
     content_hash: str
     notes: tuple[str, ...]
 
@@ -80,15 +84,14 @@ def read_rows(settings: CompareSettings, objective: Objective) -> Rows:
     else:
         train, validation = rest, _other(settings.validation, settings, digests, notes)
     test = answered(_drawn(test, settings.max_test_rows, notes))
-    for side in (train, validation, test):
-        _consumed(side[:1], objective)
+    check_consumed(objective, train, validation, test)
     notes += _leaks("test", test, "training", train)
     notes += _leaks("test", test, "validation", validation)
     notes += _leaks("validation", validation, "training", train)
     return Rows(train[: settings.max_rows], validation, test, "+".join(digests), tuple(notes))
 
 
-def _other(path: str, settings: CompareSettings, digests: list[str], notes: list[str]) -> list[Record]:
+def _other(path: str, settings: CompareSettings, digests: list[str], notes: list[str]) -> Sequence[Record]:
     reading: Reading = read(path, settings)
     digests.append(reading.content_hash)
     notes += skipped_notes(reading)
@@ -101,28 +104,18 @@ def _leaks(side: str, rows: Sequence[Record], what: str, others: Sequence[Record
     return [f"{len(both)} of {len(rows)} {side} rows have a prompt that also stands in the {what} rows"] if both else []
 
 
-def _consumed(records: Sequence[Record], objective: Objective) -> None:
-    for record in records:
-        if not isinstance(record, objective.consumes):
-            wanted = " or ".join(kind.__name__ for kind in objective.consumes)
-            raise DataError(
-                f"{record.source}: a {type(record).__name__}, but objective {objective.type} wants {wanted}",
-                hint="tailor recommend says what these rows are good for",
-            )
-
-
-def _drawn(records: list[Record], limit: int, notes: list[str]) -> list[Record]:
+def _drawn(records: Sequence[Record], limit: int, notes: list[str]) -> Sequence[Record]:
     if len(records) <= limit:
         return records
     notes.append(f"{limit} of {len(records)} test rows, drawn once (data.max_test_rows)")
     return _first(records, limit, SPLIT_SEED)
 
 
-def _first(records: Sequence[Record], number: int, seed: int) -> list[Record]:
+def _first(records: Sequence[Record], number: int, seed: int) -> Sequence[Record]:
     """The first rows of a seeded order, in the order of the file."""
     order = list(range(len(records)))
     random.Random(f"draw/{seed}").shuffle(order)
-    return [records[k] for k in sorted(order[:number])]
+    return select(records, np.array(sorted(order[:number])))
 
 
 RESERVE = 64

@@ -119,7 +119,7 @@ class CompareRecipe(Strict):
     @field_validator("base")
     @classmethod
     def _bases_differ(cls, bases: tuple[BaseSettings, ...]) -> tuple[BaseSettings, ...]:
-        names = [base.name for base in bases]
+        names = [base.absolute().name for base in bases]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"base {twice[0]!r} is named twice")
         return bases

@@ -6,13 +6,11 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tailor.errors import InterruptedRunError, TerminatedRunError
 from tailor.evaluation.memory import highest, peak_of
 from tailor.models.base import Base
 from tailor.recipes.compare_cells import Cell, Comparison, Trial, takes_its_row
@@ -20,7 +18,7 @@ from tailor.runs import Run
 from tailor.store import write_json
 from tailor.techniques import Technique
 from tailor.training.checkpoint import load_checkpoint, save_checkpoint
-from tailor.training.interrupt import StopRequest, stop_on_signal
+from tailor.training.interrupt import stop_on_signal
 from tailor.training.trainer import SlotRun, StepReport, Trainer, finish, mean_loss
 
 PROBE_STEPS = 3
@@ -94,7 +92,8 @@ def _loop(comparison: Comparison, base: Base, trials: Sequence[Trial], folder: P
             step = max(run.step for run in runs)
             seconds = round(time.perf_counter() - started, 5)
             log.log(step, seconds=seconds, peak_memory=highest(base.device))
-            _stop_if_asked(request, folder, runs, comparison)
+            told = "stopped; what is measured is kept, and the checkpoint is saved"
+            request.stop_if_asked(folder, runs, told, hint=f"tailor resume {comparison.recipe.name}")
             if trainer.done or step % every == 0:
                 save_checkpoint(folder, runs)
     lines = log.metrics()
@@ -103,15 +102,6 @@ def _loop(comparison: Comparison, base: Base, trials: Sequence[Trial], folder: P
 
 def _teller(comparison: Comparison, stage: str, total: int) -> Callable[[StepReport], None]:
     return lambda report: comparison.progress(stage, report.step, total)
-
-
-def _stop_if_asked(request: StopRequest, folder: Path, runs: list[SlotRun], comparison: Comparison) -> None:
-    if request.signal is None:
-        return
-    save_checkpoint(folder, runs)
-    kind = TerminatedRunError if request.signal == signal.SIGTERM else InterruptedRunError
-    name = comparison.recipe.name
-    raise kind("stopped; what is measured is kept, and the checkpoint is saved", hint=f"tailor resume {name}")
 
 
 def _costs(folder: Path, base: Base, trials: Sequence[Trial]) -> dict[str, Cost]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from tailor.errors import ConfigError, TailorError
 from tailor.recipes.base_facts import BaseFacts, base_facts
-from tailor.recipes.machine import memory
+from tailor.recipes.machine import memory, usable_cores
 from tailor.runs import home
 from tailor.text.messages import Message, assistant, user
 
@@ -73,8 +73,7 @@ def check_system() -> Iterator[Checked]:
     yield Checked("system", "system", "PASS", f"{platform.system()} {platform.release()}, {platform.machine()}")
     flags = cpu_flags()
     yield Checked("system", "CPU flags", "PASS", ", ".join(flags) or "none of those that matter are known")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Checked("system", "CPU cores", "PASS", f"{usable} usable of {os.cpu_count()}")
+    yield Checked("system", "CPU cores", "PASS", f"{usable_cores()} usable of {os.cpu_count()}")
     if (found := memory()) is not None:
         free, total = found
         detail = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"

@@ -12,9 +12,13 @@ from typing import Any
 def describe_machine() -> dict[str, Any]:
     """System, processor, usable cores and memory in bytes."""
     total = found[1] if (found := memory()) is not None else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     system = f"{platform.system()} {platform.machine()}"
-    return {"system": system, "cpu": _processor(), "cores": cores, "memory": total}
+    return {"system": system, "cpu": _processor(), "cores": usable_cores(), "memory": total}
+
+
+def usable_cores() -> int | None:
+    """Processor cores that this process may run on; None where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from tailor.config import load_recipe
 from tailor.data.dataset import Dataset, load_dataset
 from tailor.errors import ConfigError, ResourceError, TailorError
 from tailor.evaluation.drawing.quantities import size
+from tailor.models.base import dtype_name
 from tailor.models.files import EMBEDDED
 from tailor.recipes.machine import memory as main_memory
 from tailor.recipes.plan_estimate import Sketch, TuneEstimate, estimate_tune, longest, sketch_tune
@@ -104,7 +105,7 @@ class RunPlan:
                 "name": sketch.recipe.base.name,
                 "num_parameters": sketch.base.num_parameters,
                 "device": str(sketch.device),
-                "dtype": str(sketch.base.dtype).removeprefix("torch."),
+                "dtype": dtype_name(sketch.base.dtype),
             },
             "techniques": [technique.type for technique in sketch.recipe.technique],
             "num_parameters": sketch.slot.num_parameters,
@@ -253,7 +254,7 @@ def _seconds(sketch: Sketch, estimate: TuneEstimate) -> float:
     """Training with validation, at the speed that one layer has here now."""
     if estimate.work is None or estimate.typical is None:
         return 0.0
-    base = weightless_base(sketch.recipe.base.name, sketch.base.dtype)
+    base = weightless_base(sketch.recipe.base.name, sketch.base.dtype, sketch.device)
     slot = base.host.attach(sketch.techniques, seed=sketch.recipe.train.seed)
     lengths = [segment.length for segment in estimate.typical.segments]
     targets = int(estimate.typical.loss_mask.sum())

@@ -12,16 +12,16 @@ from tailor.data.dataset import Dataset
 from tailor.data.examples import Bundle, Rendering
 from tailor.data.packing import Batch, pack
 from tailor.data.records import Record
-from tailor.errors import ConfigError, DataError, nearest
 from tailor.evaluation.parity import MAX_TWIN_PARAMETERS
 from tailor.models.base import Base, pick_device, pick_dtype
 from tailor.models.files import weight_files
 from tailor.models.slots import Slot
-from tailor.objectives import OBJECTIVES
+from tailor.objectives import check_consumed, find_objective
 from tailor.objectives.objective import Objective
 from tailor.recipes.tune import TuneRecipe, bundles_of
 from tailor.recipes.verify import rendering_for
 from tailor.techniques import Technique
+from tailor.techniques.technique import training_defaults
 from tailor.training.estimate import Moment, Needs, Pass, Trained, Work, highest, host_bytes, moments
 from tailor.training.settings import Resolved, resolve_settings
 from tailor.training.trace import trace_pass, weightless_base
@@ -104,16 +104,18 @@ def sketch_tune(recipe: TuneRecipe, dataset: Dataset) -> Sketch:
 
     Raises the errors that `tune` would raise for the recipe and the sampled rows (ConfigError, DataError, …).
     """
-    objective = _objective(recipe, dataset)
+    objective = find_objective(recipe.objective)
+    check_consumed(objective, dataset.train, dataset.validation)
     device = pick_device(recipe.base.device)
-    base = weightless_base(recipe.base.name, pick_dtype(recipe.base.dtype, device))
+    base = weightless_base(recipe.base.name, pick_dtype(recipe.base.dtype, device), device)
     techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
     slot = base.host.attach(techniques, seed=recipe.train.seed)
     rendering = rendering_for(recipe.data, base, slot)
     train, num_train = _bundles(dataset.train, SAMPLED_TRAIN, objective, rendering)
     validation, num_validation = _bundles(dataset.validation, SAMPLED_VALIDATION, objective, rendering)
-    defaults = [t.traits.defaults for t in techniques if t.traits.defaults is not None]
-    resolved = resolve_settings(recipe.train, defaults[-1], num_train, 1.0) if slot.parameters else None
+    resolved = (
+        resolve_settings(recipe.train, training_defaults(techniques), num_train, 1.0) if slot.parameters else None
+    )
     sampled = len(dataset.train) > SAMPLED_TRAIN
     return Sketch(
         recipe, device, base, slot, techniques, train, validation, num_train, num_validation, resolved, sampled
@@ -126,32 +128,24 @@ def estimate_tune(sketch: Sketch, tokens_per_batch: int | None = None) -> TuneEs
     heaviest = work = typical = None
     if sketch.resolved is not None:
         drawn = _drawn(sketch, sketch.resolved)
-        steps = [pack(place(bundles, sketch.slot.number), limit, share_prefixes=True) for bundles in drawn]
+        apart = [sketch.slot.number] if sketch.slot.has_dropout else []
+        steps = [pack(place(bundles, sketch.slot.number), limit, share_prefixes=True, apart=apart) for bundles in drawn]
         batches = sorted((batch for step in steps for batch in step), key=lambda batch: batch.num_tokens)
         heaviest = trace_pass(sketch.base, sketch.slot, batches[-1])
         typical = _middle(batches)
-        work = _work(sketch, sketch.resolved, steps[1:] or steps, limit)
+        work = _work(sketch, sketch.resolved, drawn[1:] or drawn, steps[1:] or steps, limit)
     needs = _needs(sketch, heaviest)
     return TuneEstimate(needs, moments(needs), host_bytes(needs), work, heaviest, typical, _disk(sketch))
-
-
-def _objective(recipe: TuneRecipe, dataset: Dataset) -> Objective:
-    if recipe.objective not in OBJECTIVES:
-        raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=nearest(recipe.objective, OBJECTIVES))
-    objective = OBJECTIVES[recipe.objective]()
-    for record in (*dataset.train[:1], *dataset.validation[:1]):
-        if not isinstance(record, objective.consumes):
-            raise DataError(f"{record.source}: a {type(record).__name__} is not what objective {objective.type} wants")
-    return objective
 
 
 def _bundles(
     records: Sequence[Record], most: int, objective: Objective, rendering: Rendering
 ) -> tuple[list[Bundle], int]:
     """The sequences of a sample, and the number of all rows that are left when rows are dropped as in the sample."""
-    sample = random.Random(0).sample(list(records), most) if len(records) > most else list(records)
+    every = range(len(records))
+    sample = [records[k] for k in (random.Random(0).sample(every, most) if len(every) > most else every)]
     bundles, _ = bundles_of(sample, objective, rendering)
-    return bundles, max(1, round(len(records) * len(bundles) / len(sample)))
+    return list(bundles), max(1, round(len(records) * len(bundles) / len(sample)))
 
 
 def _drawn(sketch: Sketch, resolved: Resolved) -> list[list[Bundle]]:
@@ -184,7 +178,9 @@ def _middle(batches: Sequence[Batch]) -> Batch:
     raise AssertionError("there are no batches")
 
 
-def _work(sketch: Sketch, resolved: Resolved, steps: Sequence[Sequence[Batch]], limit: int) -> Work:
+def _work(
+    sketch: Sketch, resolved: Resolved, drawn: Sequence[list[Bundle]], steps: Sequence[list[Batch]], limit: int
+) -> Work:
     """What is computed, on average over the packed steps; validation rows beyond the sample are like those in it."""
     batches = [batch for step in steps for batch in step]
     scale = resolved.batch_size / min(resolved.batch_size, len(sketch.train)) / len(steps)
@@ -192,6 +188,7 @@ def _work(sketch: Sketch, resolved: Resolved, steps: Sequence[Sequence[Batch]], 
     more = sketch.num_validation / len(sketch.validation)
     return Work(
         num_steps=resolved.num_steps,
+        row_tokens=scale * sum(_tokens(bundles) for bundles in drawn),
         passes=scale * len(batches),
         tokens=scale * sum(batch.num_tokens for batch in batches),
         targets=scale * sum(int(batch.loss_mask.sum()) for batch in batches),

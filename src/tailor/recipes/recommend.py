@@ -25,6 +25,7 @@ from tailor.data.records import (
 )
 from tailor.errors import ConfigError
 from tailor.evaluation.task import answers_of, find_task
+from tailor.models.files import absolute_name
 from tailor.objectives import OBJECTIVES
 from tailor.recipes.base_facts import BaseFacts, base_facts
 from tailor.recipes.machine import memory as system_memory
@@ -89,7 +90,7 @@ def recommend(  # noqa: PLR0913 - each is a flag of `tailor recommend`
     if customizations < 1:
         raise ConfigError(f"customizations is {customizations}: it must be at least 1")
     reading = read_records(path, format=format, columns=columns, skip_bad_rows=skip_bad_rows)
-    of_base = base_facts(base)
+    of_base = base_facts(absolute_name(base))  # as comparisons name it
     memory, gpu = machine_memory()
     facts = look(
         reading, of_base, answer_pattern, memory=memory, gpu=gpu, changes=changes, customizations=customizations

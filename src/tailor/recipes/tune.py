@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
@@ -16,27 +16,21 @@ from tailor.artifacts.artifact import Artifact
 from tailor.config import Strict, dump_yaml, load_recipe
 from tailor.data.dataset import Dataset, DataSettings, load_dataset
 from tailor.data.examples import Bundle, Rendering
+from tailor.data.progress import Progress, silent, stages
 from tailor.data.records import Record, completion_of
-from tailor.errors import (
-    ConfigError,
-    ConflictError,
-    DataError,
-    InterruptedRunError,
-    ResourceError,
-    TailorError,
-    TerminatedRunError,
-    nearest,
-)
+from tailor.data.tokenise import tokenise
+from tailor.errors import ConfigError, ConflictError, DataError, InterruptedRunError, ResourceError, TailorError
 from tailor.evaluation.parity import MAX_TWIN_PARAMETERS
-from tailor.evaluation.task import find_task
-from tailor.models.base import Base, load_base
+from tailor.evaluation.task import MAX_LABELS, find_task
+from tailor.models.base import Base, dtype_name, load_base
+from tailor.models.files import absolute_name
 from tailor.models.slots import Slot
-from tailor.objectives import OBJECTIVES
+from tailor.objectives import check_consumed, find_objective
 from tailor.objectives.objective import Objective
 from tailor.recipes.verify import rendering_for, verify_artifact
 from tailor.runs import Run
 from tailor.techniques import Technique, TechniqueList
-from tailor.techniques.technique import Defaults
+from tailor.techniques.technique import training_defaults
 from tailor.training.checkpoint import load_checkpoint, save_checkpoint
 from tailor.training.interrupt import StopRequest, stop_on_signal
 from tailor.training.progress import peak_memory, show_progress
@@ -51,6 +45,10 @@ class BaseSettings(Strict):
     name: str = Field("tailor-nano", description="tailor-nano (embedded), a local folder, or a hub id")
     device: str = Field("auto", description="auto, cpu, cuda or mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
+
+    def absolute(self) -> Self:
+        """With the absolute path where the name is that of a local folder."""
+        return self.model_copy(update={"name": absolute_name(self.name)})
 
 
 def named_base(base: Any) -> Any:
@@ -111,8 +109,8 @@ class _Prepared:
     slot: Slot
     rendering: Rendering
     objective: Objective
-    train: list[Bundle]
-    validation: list[Bundle]
+    train: Sequence[Bundle]
+    validation: Sequence[Bundle]
     notes: tuple[str, ...]
 
     @property
@@ -122,7 +120,7 @@ class _Prepared:
             "data_hash": self.dataset.content_hash,
             "base_fingerprint": self.base.fingerprint,
             "device": self.base.device.type,
-            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.base.dtype),
         }
 
 
@@ -141,7 +139,7 @@ def tune(
         raise ConfigError("overrides go with the path of a recipe; change a TuneRecipe with model_copy(update=…)")
     artifacts.check_free(recipe.output.name, recipe.output.force)
     recipe = _absolute(recipe)
-    prepared = _prepare(recipe, base)
+    prepared = _prepare(recipe, base, quiet=quiet)
     if not prepared.slot.parameters:
         return _save(prepared, None, None)
     manifest = {**prepared.facts, "num_threads": torch.get_num_threads()}
@@ -161,7 +159,7 @@ def resume(name_or_path: str | Path, *, quiet: bool = False) -> TuneResult:
         raise ConflictError(f"run {run.name} is finished already", hint=f"its artifact is {manifest.get('artifact')!r}")
     recipe = load_recipe(run.folder / "recipe.yaml", TuneRecipe).recipe
     torch.set_num_threads(int(manifest["num_threads"]))  # sums are rounded by how they are cut up
-    prepared = _prepare(recipe, None)
+    prepared = _prepare(recipe, None, quiet=quiet)
     changed = [key for key, value in prepared.facts.items() if manifest.get(key) != value]
     if changed:
         was = ", ".join(f"{key} was {manifest.get(key)}, is {prepared.facts[key]}" for key in changed)
@@ -173,67 +171,63 @@ def resume(name_or_path: str | Path, *, quiet: bool = False) -> TuneResult:
 
 
 def _absolute(recipe: TuneRecipe) -> TuneRecipe:
-    """The recipe with absolute data paths, so that it can be resumed and verified from any folder."""
+    """The recipe with absolute paths, so that it can be resumed and verified from any folder."""
     paths = {"train": recipe.data.train, "validation": recipe.data.validation}
     found = {key: str(Path(path).expanduser().absolute()) for key, path in paths.items() if path is not None}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)})
+    return recipe.model_copy(update={"base": recipe.base.absolute(), "data": recipe.data.model_copy(update=found)})
 
 
-def _prepare(recipe: TuneRecipe, base: Base | None) -> _Prepared:
-    if recipe.objective not in OBJECTIVES:
-        raise ConfigError(f"objective {recipe.objective!r} is unknown", hint=nearest(recipe.objective, OBJECTIVES))
-    objective = OBJECTIVES[recipe.objective]()
-    dataset = load_dataset(recipe.data, recipe.train.seed)
-    for record in (*dataset.train[:1], *dataset.validation[:1]):
-        if not isinstance(record, objective.consumes):
-            wanted = " or ".join(kind.__name__ for kind in objective.consumes)
-            raise DataError(
-                f"{record.source}: a {type(record).__name__}, but objective {objective.type} wants {wanted}"
-            )
+def _prepare(recipe: TuneRecipe, base: Base | None, *, quiet: bool) -> _Prepared:
+    objective = find_objective(recipe.objective)
+    with stages(quiet) as progress:
+        dataset = load_dataset(recipe.data, recipe.train.seed, progress)
+    check_consumed(objective, dataset.train, dataset.validation)
     base = base or load_base(recipe.base.name, recipe.base.device, recipe.base.dtype)
     techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
     slot = base.host.attach(techniques, seed=recipe.train.seed)
     try:
         rendering = rendering_for(recipe.data, base, slot)
-        train, dropped = bundles_of(dataset.train, objective, rendering)
-        validation, dropped_too = bundles_of(dataset.validation, objective, rendering)
+        with stages(quiet) as progress:
+            train, dropped = bundles_of(dataset.train, objective, rendering, techniques, progress)
+            validation, dropped_too = bundles_of(dataset.validation, objective, rendering, techniques, progress)
     except BaseException:
         base.host.detach(slot)  # the base may be the caller's, to be used again
         raise
-    notes = (*dataset.notes, *_dropped_note([*dropped, *dropped_too], rendering))
+    notes = (*dataset.notes, *_dropped_note((dropped, dropped_too), rendering))
     return _Prepared(recipe, base, dataset, techniques, slot, rendering, objective, train, validation, notes)
 
 
 def bundles_of(
-    records: Sequence[Record], objective: Objective, rendering: Rendering
-) -> tuple[list[Bundle], list[Record]]:
-    """The sequences of every record, and the records that `truncation: drop` left out."""
-    bundles: list[Bundle] = []
-    dropped: list[Record] = []
-    for record in records:
-        bundle = tuple(objective.examples(record, rendering))
-        if bundle:
-            bundles.append(bundle)
-        else:
-            dropped.append(record)
+    records: Sequence[Record],
+    objective: Objective,
+    rendering: Rendering,
+    techniques: Sequence[Technique] = (),
+    progress: Progress = silent,
+) -> tuple[Sequence[Bundle], Sequence[Record]]:
+    """The sequences of every record, and the records that `truncation: drop` left out.
+
+    Those of many rows are kept for other runs, unless prompts are rewritten and `techniques` does not say by whom.
+    """
+    rewriting = [technique.model_dump(mode="json") for technique in techniques] if rendering.compose else []
+    made_by = None if rendering.compose and not rewriting else [repr(objective), rewriting]
+    bundles, dropped = tokenise(records, objective.examples, rendering, made_by=made_by, progress=progress)
     if not bundles:
         raise DataError(f"none of the {len(records)} rows fits into {rendering.max_seq_len} tokens")
     return bundles, dropped
 
 
-def _dropped_note(dropped: Sequence[Record], rendering: Rendering) -> list[str]:
-    if not dropped:
+def _dropped_note(sides: Sequence[Sequence[Record]], rendering: Rendering) -> list[str]:
+    num_dropped = sum(len(side) for side in sides)
+    if not num_dropped:
         return []
-    some = ", ".join(str(record.source) for record in dropped[:10]) + (", …" if len(dropped) > 10 else "")
-    return [f"{len(dropped)} rows are longer than {rendering.max_seq_len} tokens and were dropped ({some})"]
+    first = [str(record.source) for record in islice(chain(*sides), 10)]
+    some = ", ".join(first) + (", …" if num_dropped > len(first) else "")
+    return [f"{num_dropped} rows are longer than {rendering.max_seq_len} tokens and were dropped ({some})"]
 
 
 def _resolved(prepared: _Prepared) -> Resolved:
-    """Settings with the defaults of the technique that trains most (in a list, the last with defaults)."""
-    defaults: list[Defaults] = [t.traits.defaults for t in prepared.techniques if t.traits.defaults is not None]
-    return resolve_settings(
-        prepared.recipe.train, defaults[-1], len(prepared.train), prepared.base.host.embedding_rms()
-    )
+    defaults = training_defaults(prepared.techniques)
+    return resolve_settings(prepared.recipe.train, defaults, len(prepared.train), prepared.base.host.embedding_rms())
 
 
 def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
@@ -256,6 +250,7 @@ def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
             finish(slot_run)
             result = _save(prepared, run, slot_run)
         except InterruptedRunError:
+            run.set_status("interrupted")
             raise
         except torch.OutOfMemoryError as error:
             run.set_status("failed")
@@ -284,20 +279,23 @@ def _loop(prepared: _Prepared, run: Run, slot_run: SlotRun, request: StopRequest
         trainer = Trainer(prepared.base, [slot_run], listen)
         while not trainer.done:
             trainer.step()
-            if request.signal is not None:
-                save_checkpoint(run.folder, [slot_run])
-                run.set_status("interrupted")
-                kind = TerminatedRunError if request.signal == signal.SIGTERM else InterruptedRunError
-                raise kind(
-                    f"stopped at step {slot_run.step}; the checkpoint is saved", hint=f"tailor resume {run.name}"
-                )
+            told = f"stopped at step {slot_run.step}; the checkpoint is saved"
+            request.stop_if_asked(run.folder, [slot_run], told, hint=f"tailor resume {run.name}")
             if trainer.done or slot_run.step % slot_run.resolved.checkpoint_every == 0:
                 save_checkpoint(run.folder, [slot_run])
 
 
 def _labels(records: Sequence[Record]) -> list[str] | None:
-    """The label set of a classification, for later evaluations; None for other tasks."""
-    completions = [completion_of(record) for record in records]
+    """The label set of a classification, for later evaluations; None for other tasks.
+
+    The different completions decide, and that there are twice as many rows; free text is told by its first rows.
+    """
+    labels: dict[str, None] = {}
+    for record in records:
+        labels.setdefault(completion_of(record))
+        if len(labels) > MAX_LABELS:
+            return None
+    completions = [*labels] * (2 if len(records) >= 2 * len(labels) else 1)
     task = find_task(completions, completions)
     return list(task.labels) if task.kind == "labels" else None
 

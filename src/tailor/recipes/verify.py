@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,13 @@ from tailor.evaluation.likelihood import packed_logprobs
 from tailor.evaluation.parity import Parity, Scorer, stock_logprobs
 from tailor.evaluation.parity import verify as compare_hops
 from tailor.inference.load import Customized, load
-from tailor.models.base import Base, load_base
+from tailor.models.base import Base, dtype_name, load_base
 from tailor.models.slots import Slot
 from tailor.runs import home
 
 NUM_ROWS = 8
+MAX_CANDIDATES = 1000
+"""Held-out rows that are rendered to draw the compared ones from."""
 GIVE_ROWS = "give rows it has not seen with --data FILE"
 
 
@@ -93,7 +96,7 @@ def verify_folder(
     return compare_hops(base, slot, _examples(rendering, records), hops=hops, num_rows=NUM_ROWS)
 
 
-def rows_for(artifact: Artifact, data: str | None = None) -> list[Record]:
+def rows_for(artifact: Artifact, data: str | None = None) -> Sequence[Record]:
     """The rows of `data`, or those that the artifact's run held out.
 
     Raises ConflictError when the run's file is gone or has changed (a new split could hand out trained rows).
@@ -142,6 +145,9 @@ def rendering_for(settings: DataSettings | None, base: Base, slot: Slot | None) 
 def _examples(rendering: Rendering, records: Sequence[Record]) -> list[Example]:
     if rendering.compose is not None:  # shots are turns too: only the answer to the last question is compared
         rendering = replace(rendering, trained_turns="last")
+    if len(records) > MAX_CANDIDATES:
+        places = sorted(random.Random(0).sample(range(len(records)), MAX_CANDIDATES))
+        records = [records[k] for k in places]
     return make_examples(records, rendering)[0]
 
 
@@ -154,7 +160,7 @@ def _reloaded(artifact: Artifact, base: Base, copies: bool, examples: Sequence[E
     """A fresh base from disk with the saved artifact attached."""
     if not copies:
         return _read_back(base, artifact.folder, examples)
-    fresh = load_base(artifact.base_name, str(base.device), str(base.dtype).removeprefix("torch."))
+    fresh = load_base(artifact.base_name, str(base.device), dtype_name(base.dtype))
     return packed_logprobs(fresh, None if artifact.is_base else attach(fresh, artifact), examples)
 
 

@@ -81,7 +81,7 @@ class Prompting(Technique):
         """
         if self.examples or self.shots == 0:
             return self
-        usable = [r for r in records if isinstance(r, PromptCompletion | Conversation)]
+        usable = [k for k, r in enumerate(records) if isinstance(r, PromptCompletion | Conversation)]
         if len(usable) < self.shots:
             raise ConfigError(f"{self.shots} shots are asked for, but there are {len(usable)} rows to take them from")
         kept = min(self.shots + 1, len(usable))
@@ -89,7 +89,7 @@ class Prompting(Technique):
             usable = usable[:kept]
         elif self.selection == "random":
             usable = random.Random(seed).sample(usable, kept)
-        return self.model_copy(update={"examples": tuple(_shot(record) for record in usable)})
+        return self.model_copy(update={"examples": tuple(_shot(records[k]) for k in usable)})
 
     def smaller(self) -> Self | None:
         """Half as many shots."""

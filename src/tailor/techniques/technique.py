@@ -100,6 +100,11 @@ class Technique(Strict):
         raise _no_peft(cls.traits)
 
 
+def training_defaults(techniques: Sequence[Technique]) -> Defaults:
+    """How techniques on one slot are trained: as the last of them that has defaults. At least one must have them."""
+    return [technique.traits.defaults for technique in techniques if technique.traits.defaults is not None][-1]
+
+
 def _no_peft(traits: Traits) -> ConfigError:
     return ConfigError(f"a technique that trains {traits.trains} has no PEFT format")
 

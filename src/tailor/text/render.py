@@ -31,6 +31,7 @@ class Rendered:
 class Renderer(Protocol):
     """Four verbs: `example`, `prompt`, `parse`, and the ids at which generation stops."""
 
+    tokenizer: Tokenizer
     stop: tuple[int, ...]
 
     def example(
@@ -102,7 +103,7 @@ class ChatRenderer:
         check_contents(self.tokenizer, messages[:end], tools)
         text = self._text(messages[:end], tools, False)
         token_ids, loss_mask, done = list(prefix_ids), [0] * len(prefix_ids), 0
-        for index, (start, stop) in self._turns(messages[:end], tools, text):
+        for index, (start, stop) in self._turns(messages[:end], tools, text, closed=True):
             opening, turn = self._piece(text, done, start), self._piece(text, start, stop)
             token_ids += opening + turn
             loss_mask += [0] * len(opening) + (self._turn_mask(turn) if index in trained else [0] * len(turn))
@@ -119,7 +120,7 @@ class ChatRenderer:
         check_contents(self.tokenizer, messages, tools)
         text = self._text(messages, tools, True)
         token_ids, done = list(prefix_ids), 0
-        for _, (start, stop) in self._turns(messages, tools, text):
+        for _, (start, stop) in self._turns(messages, tools, text, closed=False):
             token_ids += self._piece(text, done, start) + self._piece(text, start, stop)
             done = stop
         return token_ids + self._piece(text, done, len(text))
@@ -131,16 +132,22 @@ class ChatRenderer:
     def _piece(self, text: str, start: int, stop: int) -> list[int]:
         return self.tokenizer.encode(text[start:stop], continues=start > 0)
 
-    def _turns(self, messages: Sequence[Message], tools: Tools, text: str) -> list[tuple[int, tuple[int, int]]]:
-        """Character spans (completion start, turn end) of the assistant turns that `text` holds unchanged."""
+    def _turns(
+        self, messages: Sequence[Message], tools: Tools, text: str, *, closed: bool
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Character spans (completion start, turn end) of the assistant turns that `text` holds unchanged.
+
+        `text` is all messages; when `closed`, without a generation prompt after them.
+        """
         turns = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             opened = self._text(messages[:index], tools, True)
-            closed = self._text(messages[: index + 1], tools, False)
-            if text.startswith(closed) and closed.startswith(opened):
-                turns.append((index, (len(opened), len(closed))))
+            ends_here = closed and index + 1 == len(messages)
+            turn = text if ends_here else self._text(messages[: index + 1], tools, False)
+            if text.startswith(turn) and turn.startswith(opened):
+                turns.append((index, (len(opened), len(turn))))
         return turns
 
     def _turn_mask(self, token_ids: Sequence[int]) -> list[int]:

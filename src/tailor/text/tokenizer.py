@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ TEMPLATE_DAY = datetime(2024, 7, 26)
 Otherwise the rows of a resumed run, and the prompts of a tuned model, would change overnight. It is the date that
 Llama 3.x's own template falls back to.
 """
+
+DATE_STRING = TEMPLATE_DAY.strftime("%d %b %Y")
 
 WORD_START = ("\u2581", "\u0120")
 """How SentencePiece-like and byte-level tokenizers write a space before a word."""
@@ -42,6 +48,7 @@ class Tokenizer:
         )
         self.special_texts = tuple(sorted((hf.convert_ids_to_tokens(i) for i in self.special_ids), key=len))
         self.chat_template, self._tool_template = _templates(hf.chat_template)
+        self._backend = _backend(hf)
         # a tokenizer may start every text with a space; a piece that continues a text must not get one
         self._adds_space = "".join(hf.convert_ids_to_tokens(self._ids("a"))).startswith(WORD_START)
 
@@ -49,6 +56,18 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids that have a text, special tokens included."""
         return len(self.hf)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of all that decides the ids of a conversation, the packages included; None when it cannot be told."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        self.hf("")  # switches off what an earlier call may have left switched on
+        packages = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
+        ids = (self.bos_id, self.eos_id, sorted(self.special_ids))
+        parts = [backend.to_str(), self.chat_template, self._tool_template, self.hf.special_tokens_map, *ids, *packages]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Token ids of one piece; special tokens written in it become their ids, none are added.
@@ -74,7 +93,13 @@ class Tokenizer:
         return self._text(lead + kept).removeprefix(self._text(lead))
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        if not text:
+            return []
+        backend = self._backend
+        # whoever called `hf` with truncation or padding left them switched on
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _text(self, token_ids: list[int]) -> str:
         return str(self.hf.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -106,9 +131,18 @@ class Tokenizer:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=generate,
-                date_string=TEMPLATE_DAY.strftime("%d %b %Y"),
+                date_string=DATE_STRING,
             )
         )
+
+
+def _backend(hf: Any) -> Any:
+    """What turns text into ids for `hf`, when it adds nothing of its own: half the time of a call is its options."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(hf)
+    plain = issubclass(kind, Fast) and kind.__call__ is Fast.__call__ and kind._encode_plus is Fast._encode_plus
+    return hf.backend_tokenizer if plain and not hf.split_special_tokens else None
 
 
 def _templates(found: str | Mapping[str, str] | None) -> tuple[str | None, str | None]:

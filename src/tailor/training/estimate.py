@@ -221,9 +221,13 @@ def _verification(needs: Needs, held: Sequence[Component], left: Sequence[Compon
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is computed: micro-batches, tokens and counted tokens of an average optimizer step, and of a validation."""
+    """What is computed: micro-batches, tokens and counted tokens of an average optimizer step, and of a validation.
+
+    `row_tokens` are those of the rows, of which `tokens` is what remains to compute when beginnings are shared.
+    """
 
     num_steps: int
+    row_tokens: float
     passes: float
     tokens: float
     targets: float
@@ -235,7 +239,7 @@ class Work:
     @property
     def num_tokens(self) -> int:
         """Tokens trained on."""
-        return round(self.num_steps * self.tokens)
+        return round(self.num_steps * self.row_tokens)
 
     def flops(self, one: Pass) -> float:
         """Operations of the whole run, when they grow with the tokens as in `one`."""

@@ -6,7 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from tailor.errors import InterruptedRunError, TerminatedRunError
+from tailor.training.checkpoint import save_checkpoint
+from tailor.training.trainer import SlotRun
 
 
 class StopRequest:
@@ -14,6 +19,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+
+    def stop_if_asked(self, folder: Path, runs: list[SlotRun], message: str, hint: str) -> None:
+        """When a signal came, save a checkpoint of the runs into `folder` and raise InterruptedRunError.
+
+        After SIGTERM it is a TerminatedRunError.
+        """
+        if self.signal is None:
+            return
+        save_checkpoint(folder, runs)
+        kind = TerminatedRunError if self.signal == signal.SIGTERM else InterruptedRunError
+        raise kind(message, hint=hint)
 
 
 @contextmanager

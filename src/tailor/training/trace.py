@@ -26,19 +26,20 @@ from tailor.models.attention import ATTENTION
 from tailor.models.base import Base
 from tailor.models.embedding import SlotEmbedding
 from tailor.models.files import resolve
+from tailor.models.fused import fuse
 from tailor.models.loss_head import token_logprobs
 from tailor.models.placement import read_config
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
-from tailor.text.tokenizer import load_tokenizer
+from tailor.text.tokenizer import VIRTUAL, load_tokenizer
 from tailor.training.estimate import HEAP_LIMIT, Pass
 
 META = torch.device("meta")
 aten = torch.ops.aten
 
 
-def weightless_base(name: str, dtype: torch.dtype) -> Base:
-    """The base with its tokenizer and slots, and no weights: every tensor is on the meta device.
+def weightless_base(name: str, dtype: torch.dtype, device: torch.device) -> Base:
+    """The base with its tokenizer and slots as it is on `device`, but without weights: tensors are on the meta device.
 
     Takes no memory and downloads no weights. Raises NotFoundError, AuthError, and ConfigError for refused bases.
     """
@@ -51,6 +52,8 @@ def weightless_base(name: str, dtype: torch.dtype) -> Base:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     model.eval()
     model.set_attn_implementation(ATTENTION)
+    if device.type == "cpu":
+        fuse(model)
     return Base(name, folder, model, load_tokenizer(folder), META, "")
 
 
@@ -119,7 +122,7 @@ def _feed_virtual_tokens(base: Base, slot: Slot, batch: Batch) -> list[Removable
     """On the meta device no id is known to be virtual, so the rows are put in here, as SlotEmbedding puts them."""
     if not slot.virtual_ids:
         return []
-    places = torch.zeros(len(slot.virtual_ids) * len(batch.segments), dtype=torch.long, device=META)
+    places = torch.zeros(int((batch.input_ids >= VIRTUAL).sum()), dtype=torch.long, device=META)
 
     def put(module: nn.Module, inputs: tuple[Tensor, ...], words: Tensor) -> Tensor:
         assert isinstance(module, SlotEmbedding)

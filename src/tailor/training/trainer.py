@@ -45,6 +45,7 @@ class SlotRun:
     stale: int = 0
     stopped: str | None = None
     optimizer: FlatAdamW = field(init=False)
+    _orders: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.optimizer = FlatAdamW(self.slot.parameters, self.settings.weight_decay, self.settings.betas)
@@ -58,13 +59,16 @@ class SlotRun:
         """The rows of the next step: shuffled epochs one after the other, whatever the batch size."""
         size, rows = self.resolved.batch_size, len(self.train)
         places = range(self.step * size, (self.step + 1) * size)
-        orders = {epoch: _order(rows, self.settings.seed, epoch) for epoch in {p // rows for p in places}}
-        return place([self.train[orders[p // rows][p % rows]] for p in places], self.slot.number)
+        epochs = {p // rows for p in places}
+        self._orders = {
+            e: self._orders[e] if e in self._orders else _order(rows, self.settings.seed, e) for e in sorted(epochs)
+        }
+        return place([self.train[int(self._orders[p // rows][p % rows])] for p in places], self.slot.number)
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did to one slot. `tokens_per_second` counts all tokens of all slots in the pass."""
+    """What one step did to one slot. `tokens_per_second` counts the tokens of all rows of all slots in the pass."""
 
     name: str
     step: int
@@ -99,15 +103,16 @@ class Trainer:
         started = time.perf_counter()
         active = [run for run in self.runs if run.active]
         draws = {run.slot.number: run.draw() for run in active}
-        losses, num_tokens = self._accumulate(active, draws)
+        losses = self._accumulate(active, draws)
+        drawn = {number: sum(len(p.example.token_ids) for p in placed) for number, placed in draws.items()}
         reports = []
         for run in active:
             loss = float(losses[run.slot.number])
             norm = self._update(run, loss)
-            run.num_tokens += sum(len(p.example.token_ids) for p in draws[run.slot.number])
+            run.num_tokens += drawn[run.slot.number]
             rate = learning_rate_at(run.step, *self._rate(run))
             run.step += 1
-            speed = num_tokens / (time.perf_counter() - started)
+            speed = sum(drawn.values()) / (time.perf_counter() - started)
             validated = self._validate(run)
             elapsed = time.perf_counter() - started
             reports.append(
@@ -118,8 +123,8 @@ class Trainer:
             self.listener(report)
         return reports
 
-    def _accumulate(self, active: Sequence[SlotRun], draws: dict[int, list[Placed]]) -> tuple[dict[int, Tensor], int]:
-        """Gradients of all active slots over the step's micro-batches; each slot's mean loss, and the tokens seen."""
+    def _accumulate(self, active: Sequence[SlotRun], draws: dict[int, list[Placed]]) -> dict[int, Tensor]:
+        """Gradients of all active slots over the step's micro-batches; each slot's mean loss."""
         objectives = {run.slot.number: run.objective for run in active}
         counts = {
             number: max(1, objectives[number].count([p.example for p in placed])) for number, placed in draws.items()
@@ -127,10 +132,10 @@ class Trainer:
         losses = {number: torch.zeros((), dtype=torch.float64) for number in draws}
         for run in active:
             run.optimizer.zero_grad()
-        num_tokens = 0
         steps = {run.slot.number: run.step for run in active}
         placed = [item for items in draws.values() for item in items]
-        for batch in pack(placed, self.tokens_per_batch, share_prefixes=True):
+        apart = {run.slot.number for run in active if run.slot.has_dropout}
+        for batch in pack(placed, self.tokens_per_batch, share_prefixes=True, apart=apart):
             plan = Plan.of_batch(batch, steps=steps, training=True)
             with self.base.host.run(plan):
                 scored = scored_by_slot(batch, self.base.batch_logprobs(batch, plan))
@@ -138,8 +143,7 @@ class Trainer:
                 torch.stack(list(parts.values())).sum().backward()
             for number, part in parts.items():
                 losses[number] += part.detach().cpu().double()
-            num_tokens += batch.num_tokens
-        return losses, num_tokens
+        return losses
 
     def _update(self, run: SlotRun, loss: float) -> float:
         """Clip and step one slot. A loss or gradient that is not finite stops this slot and no other."""
@@ -195,16 +199,22 @@ def place(bundles: Sequence[Bundle], slot: int) -> list[Placed]:
     return [Placed(example, slot, index) for index, example in enumerate(grouped)]
 
 
+VALIDATED_TOGETHER = 1024
+"""Rows packed at a time: packing needs their tokens in memory, and there may be millions."""
+
+
 def mean_loss(base: Base, slot: Slot, objective: Objective, bundles: Sequence[Bundle], tokens_per_batch: int) -> float:
     """The objective's loss per counted unit over the rows, without gradients."""
-    total = 0.0
-    placed = place(bundles, slot.number)
-    for batch in pack(placed, tokens_per_batch, share_prefixes=True):
-        scored = scored_by_slot(batch, base.score(batch))
-        total += sum(float(objective.loss(part)) for part in scored.values())
-    return total / max(1, objective.count([item.example for item in placed]))
+    total, count = 0.0, 0
+    for start in range(0, len(bundles), VALIDATED_TOGETHER):
+        placed = place([bundles[k] for k in range(start, min(start + VALIDATED_TOGETHER, len(bundles)))], slot.number)
+        for batch in pack(placed, tokens_per_batch, share_prefixes=True):
+            scored = scored_by_slot(batch, base.score(batch))
+            total += sum(float(objective.loss(part)) for part in scored.values())
+        count += objective.count([item.example for item in placed])
+    return total / max(1, count)
 
 
-def _order(rows: int, seed: int, epoch: int) -> list[int]:
+def _order(rows: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(stable_seed(f"order/{seed}/{epoch}"))
-    return torch.randperm(rows, generator=generator).tolist()
+    return torch.randperm(rows, generator=generator)
