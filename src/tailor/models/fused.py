@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Numbers per chunk of a norm: its float32 copies stay in the core's own cache."""
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1024
+CHUNK_NUMBERS = 1 << 22
+"""Logits of a chunk: 16 MiB in fp32. The C library keeps and reuses pieces of that size, and gives larger ones back."""
+GPU_CHUNK_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,26 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, H) → (…, V) in fp32 (float64 for a float64 base)."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(…, H) → (…, V) in fp32 (float64 for a float64 base). `out` is memory of that shape and type to use again."""
         z = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
+        wide = torch.promote_types(z.dtype, torch.float32)
+        z = z.to(wide) if out is None or z.dtype == wide else out.copy_(z)
+        z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Log-probability of each target: hidden (N, H), targets (N,) → (N,) in fp32, differentiable in hidden and head."""
+def chunk_rows(weight: Tensor) -> int:
+    """How many rows a chunk has for output weights (V, H)."""
+    return max(1, (CHUNK_NUMBERS if weight.device.type == "cpu" else GPU_CHUNK_NUMBERS) // weight.shape[0])
+
+
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Log-probability of each target: hidden (N, H), targets (N,) → (N,) in fp32, differentiable in hidden and head.
+
+    `chunk` rows are projected at a time.
+    """
+    chunk = chunk or chunk_rows(head.weight)
     return _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, chunk)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -56,10 +69,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         head = Head(weight, bias, scale, softcap)
         chosen, totals = [], []
+        memory = _memory(hidden, weight, chunk)
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            z = head.logits(rows)
+            z = head.logits(rows, memory[: len(rows)])
             chosen.append(z.gather(1, wanted[:, None])[:, 0])
-            totals.append(z.logsumexp(dim=1))
+            highest = z.amax(dim=1)
+            totals.append(z.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest))
         ctx.head, ctx.chunk, ctx.has_bias = (scale, softcap), chunk, bias is not None
         total = torch.cat(totals)
         ctx.save_for_backward(hidden, weight, targets, total, *([bias] if bias is not None else []))
@@ -76,10 +91,11 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if ctx.needs_input_grad[2] else None
+        memory = _memory(hidden, weight, ctx.chunk)
         for start in range(0, hidden.shape[0], ctx.chunk):
             stop = start + ctx.chunk
             rows, wanted, g = hidden[start:stop], targets[start:stop], grad[start:stop, None]
-            z = head.logits(rows)
+            z = head.logits(rows, memory[: len(rows)])
             slope = None if softcap is None else 1 - (z / softcap) ** 2
             dz = z.sub_(total[start:stop, None]).exp_().mul_(-scale * g)
             dz.scatter_add_(1, wanted[:, None], scale * g)
@@ -99,3 +115,9 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _memory(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Memory for the logits of one chunk: asking for it once, not once per chunk, saves clearing its pages again."""
+    shape = min(chunk, hidden.shape[0]), weight.shape[0]
+    return torch.empty(shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)

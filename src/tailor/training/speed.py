@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tailor.data.packing import Segment
 from tailor.models.base import Base
-from tailor.models.loss_head import CHUNK, Head, token_logprobs
+from tailor.models.loss_head import Head, chunk_rows, token_logprobs
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.training.estimate import Speed
@@ -208,7 +208,7 @@ def _head(base: Base, slot: Slot, targets: int, device: torch.device) -> tuple[f
         _wait(device)
         return time.perf_counter() - started
 
-    most = max(1, min(CHUNK, targets))
+    most = max(1, min(chunk_rows(head.weight), targets))
     count = min(FEW, most)
     while count < most and once(count, True) < ENOUGH:
         count = min(most, GROWTH * count)

@@ -22,6 +22,7 @@ from tailor.models.linear import stable_seed
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.objectives.objective import Objective, scored_by_slot
+from tailor.training.heap import keep_freed_memory
 from tailor.training.optimizer import FlatAdamW, Schedule, learning_rate_at
 from tailor.training.settings import Resolved, TrainSettings
 
@@ -92,6 +93,8 @@ class Trainer:
         self.runs = list(runs)
         self.listener = listener
         self.tokens_per_batch = min(run.settings.tokens_per_batch for run in runs)
+        if base.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def done(self) -> bool:
