@@ -183,7 +183,9 @@ def main() -> None:
     if len(found) == 3:
         print("trl and peft are not installed (extra: bench), so nothing stands beside these")
     if options.output:
-        facts = {"machine": {**describe_machine(), "load": load}, "programs": [asdict(start) for start in found]}
+        # names only: where things stand on this machine is nobody's business
+        told = [{**asdict(start), "command": [Path(part).name for part in start.command]} for start in found]
+        facts = {"machine": {**describe_machine(), "load": load}, "programs": told}
         options.output.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 

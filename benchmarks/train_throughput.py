@@ -288,7 +288,7 @@ def write(arguments: argparse.Namespace, facts: dict[str, Any], measured: Sequen
         return
     today = datetime.datetime.now(datetime.UTC).date()
     output = arguments.output or RESULTS / f"cpu-{train_worker.num_cores()}core-{today}-train-throughput.json"
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     about = {name: found.about for name, found in peer_trl.CONFIGURATIONS.items()}
     result = {**facts, "settings": settings, "configurations": about, "runs": [m.to_dict() for m in measured]}
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

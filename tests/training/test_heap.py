@@ -18,7 +18,8 @@ def faults():
 def work():
     tensors = [torch.ones(1 << 20) for _ in range(64)]  # 256 MiB in pieces of 4 MiB
     del tensors
-work()
+for _ in range(3):
+    work()
 before = faults()
 for _ in range(4):
     work()
@@ -32,4 +33,4 @@ def test_no_new_pages_are_asked_for() -> None:
         done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("kept") < 5_000 < faults("given back")
+    assert 10 * faults("kept") < faults("given back")

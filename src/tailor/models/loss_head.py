@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_NUMBERS = 1 << 22
 """Logits of a chunk: 16 MiB in fp32. The C library keeps and reuses pieces of that size, and gives larger ones back."""
-GPU_CHUNK_NUMBERS = 1 << 26
+MANY_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Head:
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """How many rows a chunk has for output weights (V, H)."""
-    return max(1, (CHUNK_NUMBERS if weight.device.type == "cpu" else GPU_CHUNK_NUMBERS) // weight.shape[0])
+    """How many rows a chunk has for output weights (V, H). Trained ones want few: each adds a whole (V, H) gradient."""
+    small = weight.device.type == "cpu" and not weight.requires_grad
+    return max(1, (CHUNK_NUMBERS if small else MANY_NUMBERS) // weight.shape[0])
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
