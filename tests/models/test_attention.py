@@ -17,7 +17,7 @@ from tailor.models import attention
 from tailor.models.attention import KVCache
 from tailor.models.base import Base, wrap_model
 from tailor.models.placement import REFUSED, SUPPORTED, placement_of
-from tailor.models.plan import Plan
+from tailor.models.plan import LONG_SEQUENCE, Plan
 from tiny_models import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
 
 LENGTHS = (13, 1, 20, 8)
@@ -228,3 +228,19 @@ def test_the_model_runs_inside_a_plan_only() -> None:
     base = tiny_base("llama")
     with pytest.raises(RuntimeError, match="inside"):
         base.model(input_ids=torch.tensor([[5, 6]]))
+
+
+def test_blocks_are_for_short_sequences_and_never_for_generation() -> None:
+    """Their masks grow with the square of the length, so what counts is the whole sequence, parents included."""
+
+    def in_blocks(dtype: torch.dtype, *segments: Segment, caches: Sequence[KVCache] | None = None) -> bool:
+        return Plan.of(segments, caches=caches).in_blocks(torch.empty(1, dtype=dtype))
+
+    half = LONG_SEQUENCE // 2
+    shared = Segment(0, half)
+    assert in_blocks(torch.bfloat16, Segment(0, LONG_SEQUENCE))
+    assert not in_blocks(torch.bfloat16, Segment(0, LONG_SEQUENCE + 1))
+    assert not in_blocks(torch.float32, Segment(0, 8), Segment(8, 16))
+    assert in_blocks(torch.float32, shared, Segment(half, 2 * half, parent=0, position0=half))
+    assert not in_blocks(torch.float32, shared, Segment(half, 2 * half + 1, parent=0, position0=half))
+    assert not in_blocks(torch.bfloat16, Segment(0, 8), caches=[KVCache()])

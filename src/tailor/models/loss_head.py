@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_NUMBERS = 1 << 22
 """Logits of a chunk: 16 MiB in fp32. The C library keeps and reuses pieces of that size, and gives larger ones back."""
 MANY_NUMBERS = 1 << 26
+"""Where large chunks are better."""
 
 
 @dataclass(frozen=True)

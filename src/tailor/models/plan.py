@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tailor.models.attention import KVCache
 
 LONG_SEQUENCE = 1024
-"""Tokens of a sequence from which the stock attention kernel is as fast as blocks."""
+"""Tokens of a sequence, its parents' included, from which the stock attention kernel is as fast as blocks."""
 
 
 class Span(NamedTuple):
@@ -45,15 +45,14 @@ class Plan:
     def in_blocks(self, query: Tensor) -> bool:
         """Whether attention of these (1, H, T, D) queries runs in blocks: where that was measured to be faster.
 
-        That is on a CPU, outside generation: with shared beginnings, and in half precision up to LONG_SEQUENCE tokens
-        (docs/log.md). The stock kernel wins elsewhere.
+        That is on a CPU, outside generation, up to LONG_SEQUENCE tokens: with shared beginnings, and in half precision
+        (docs/log.md). The stock kernel wins elsewhere, and needs no masks, which grow with the square of the length.
         """
         if query.device.type != "cpu" or any(cache is not None for cache in self.caches):
             return False
-        if any(segment.parent >= 0 for segment in self.segments):
-            return True
-        narrow = query.dtype in (torch.bfloat16, torch.float16)
-        return narrow and max(segment.length for segment in self.segments) <= LONG_SEQUENCE
+        if max(segment.position0 + segment.length for segment in self.segments) > LONG_SEQUENCE:
+            return False
+        return query.dtype in (torch.bfloat16, torch.float16) or any(segment.parent >= 0 for segment in self.segments)
 
     def blocks(self, repeats: int, window: int | None, dtype: torch.dtype) -> Blocks:
         """The blocks for `repeats` query heads per key head, made once for all layers alike."""

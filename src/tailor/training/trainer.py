@@ -210,7 +210,7 @@ def mean_loss(base: Base, slot: Slot, objective: Objective, bundles: Sequence[Bu
     """The objective's loss per counted unit over the rows, without gradients."""
     total, count = 0.0, 0
     for start in range(0, len(bundles), VALIDATED_TOGETHER):
-        placed = place([bundles[k] for k in range(start, min(start + VALIDATED_TOGETHER, len(bundles)))], slot.number)
+        placed = place(bundles[start : start + VALIDATED_TOGETHER], slot.number)
         for batch in pack(placed, tokens_per_batch, share_prefixes=True):
             scored = scored_by_slot(batch, base.score(batch))
             total += sum(float(objective.loss(part)) for part in scored.values())
