@@ -70,7 +70,7 @@ def test_blocks_equal_the_sequences_one_by_one(layout: str, window: int | None, 
         return torch.randn(heads, segments[-1].end, SIZE, generator=generator, dtype=torch.float64).requires_grad_()
 
     q, k, v = draw(HEADS), draw(GROUPS), draw(GROUPS)
-    blocks = Blocks.of(segments, HEADS // GROUPS, window, torch.float64)
+    blocks = Blocks.of(segments, len(segments), HEADS // GROUPS, window, torch.float64)
     ours = block_attention(q, k, v, blocks, Scores(SIZE**-0.5, softcap))
     theirs = one_by_one(q, k, v, segments, window, softcap)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
@@ -86,7 +86,7 @@ def test_every_token_is_the_query_of_one_block_and_blocks_keep_slots_apart() -> 
         lengths = [draw.choice((1, 3, 20, 63, 64, 65, 127, 128, 129, 400)) for _ in range(draw.randrange(1, 12))]
         slots = tuple(sorted(draw.randrange(3) for _ in lengths))
         segments = side_by_side(*lengths, slots=slots)
-        blocks = Blocks.of(segments, 1, None, torch.float32)
+        blocks = Blocks.of(segments, len(segments), 1, None, torch.float32)
         assert [b.start for b in blocks.blocks] == [0, *(b.end for b in blocks.blocks[:-1])]
         assert blocks.blocks[-1].end == sum(lengths)
         for block in blocks.blocks:
@@ -105,7 +105,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_stock_kernel() -> None:
     def errors(function: str, dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (t.to(dtype).requires_grad_() for t in exact)
         if function == "blocks":
-            out = block_attention(q, k, v, Blocks.of(segments, 2, None, dtype), Scores(64**-0.5))
+            out = block_attention(q, k, v, Blocks.of(segments, len(segments), 2, None, dtype), Scores(64**-0.5))
         else:
             out = one_by_one(q, k, v, segments, None, None)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.to(dtype))]

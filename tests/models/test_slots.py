@@ -15,7 +15,8 @@ from tailor.data.packing import Segment
 from tailor.errors import ConfigError, ConflictError
 from tailor.models.base import Base
 from tailor.models.embedding import SlotEmbedding, VirtualTokens
-from tailor.models.linear import LinearDelta, SlotLinear, is_linear, linear_sizes, stable_seed
+from tailor.models.dropout import stable_seed
+from tailor.models.linear import LinearDelta, SlotLinear, Terms, is_linear, linear_sizes, merged
 from tailor.models.plan import Plan, Span
 from tailor.models.slots import Slot, match_names
 from tailor.techniques.full import Full
@@ -259,7 +260,7 @@ def slot_linear(layer: nn.Module, dropout: float, training: bool) -> tuple[SlotL
     for number, rank in ((1, 2), (2, 3)):
         a = nn.Parameter(torch.randn(rank, size_in, dtype=torch.float64))
         b = nn.Parameter(torch.randn(size_out, rank, dtype=torch.float64))
-        wrapped.deltas[number] = LinearDelta(a, b, 0.7 * number, dropout)
+        wrapped.deltas[number] = [LinearDelta.of(Terms(a, b, 0.7 * number), dropout)]
         matrices += [a, b]
     return wrapped, matrices
 
@@ -280,8 +281,8 @@ def test_slot_linear_has_the_right_gradient(kind: str, dropout: float, training:
     x = torch.randn(1, 9, 5, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
-        wrapped.deltas[1] = LinearDelta(a1, b1, 0.7, dropout)  # type: ignore[arg-type]
-        wrapped.deltas[2] = LinearDelta(a2, b2, 1.4, dropout)  # type: ignore[arg-type]
+        wrapped.deltas[1] = [LinearDelta.of(Terms(a1, b1, 0.7), dropout)]
+        wrapped.deltas[2] = [LinearDelta.of(Terms(a2, b2, 1.4), dropout)]
         return wrapped(x)  # type: ignore[no-any-return]
 
     assert torch.autograd.gradcheck(function, (x, *matrices))
@@ -296,10 +297,42 @@ def test_slot_linear_computes_the_formula(kind: str) -> None:
     y = layer(x)
     expected = torch.cat([y[:2], y[2:6] + 0.7 * x[2:6] @ a1.T @ b1.T, y[6:] + 1.4 * x[6:] @ a2.T @ b2.T])
     torch.testing.assert_close(wrapped(x[None])[0], expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(wrapped.deltas[2].weight(), 1.4 * b2 @ a2)
+    own = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight), layer.bias
+    torch.testing.assert_close(merged(*own, wrapped.deltas[2])[0], own[0] + 1.4 * b2 @ a2)
     assert (wrapped.in_features, wrapped.out_features) == (5, 4)
     assert wrapped.weight is layer.weight
     assert wrapped.bias is layer.bias
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("scales_bias", [True, False])
+def test_every_term_of_the_affine_form(kind: str, scales_bias: bool) -> None:
+    """Two slots with everything at once beside the plain base: the formula, its gradient, and what it merges into."""
+    layer = layers()[kind].double().requires_grad_(False)
+    wrapped, _ = slot_linear(layer, 0.0, training=False)
+    draw = [torch.randn(n, dtype=torch.float64) for n in (5, 4, 4)]
+    a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    x = torch.randn(9, 5, dtype=torch.float64)
+
+    def function(x: Tensor, i: Tensor, o: Tensor, d: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        both = Terms(a, b, 0.7, i, o, scales_bias, d)
+        wrapped.deltas = {1: [LinearDelta.of(both)], 2: [LinearDelta.of(Terms(output_scale=o)), LinearDelta.of(both)]}
+        return wrapped(x[None])[0]  # type: ignore[no-any-return]
+
+    found = function(x, *draw, a, b)
+    weight, bias = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight), layer.bias
+    i, o, d = draw
+    plain = torch.zeros(4, dtype=torch.float64) if bias is None else bias
+    low = 0.7 * x @ a.T @ b.T
+    one = o * ((i * x) @ weight.T) + low + (o * plain if scales_bias else plain) + d
+    two = o * o * ((i * x) @ weight.T) + low + (o * plain if scales_bias else plain) + d
+    torch.testing.assert_close(found, torch.cat([layer(x[:2]), one[2:6], two[6:]]), atol=1e-12, rtol=0)
+    for number, rows in ((1, slice(2, 6)), (2, slice(6, 9))):
+        new, offset = merged(weight, bias, wrapped.deltas[number])
+        torch.testing.assert_close(nn.functional.linear(x[rows], new, offset), found[rows], atol=1e-12, rtol=0)
+    inputs = [t.clone().requires_grad_() for t in (x, *draw, a, b)]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, (x, *inputs[1:])), "the first layer's input needs no gradient"
 
 
 def test_dropout_keeps_the_mean_and_drops_whole_entries() -> None:
@@ -309,7 +342,7 @@ def test_dropout_keeps_the_mean_and_drops_whole_entries() -> None:
     plan = Plan.of([Segment(0, 6, 1, index=0)], training=True)
     wrapped = SlotLinear(layer, "layer", OnePlan(plan))  # type: ignore[arg-type]
     a, b = nn.Parameter(torch.ones(1, size)), nn.Parameter(torch.ones(1, 1))
-    wrapped.deltas[1] = LinearDelta(a, b, 1.0, rate)
+    wrapped.deltas[1] = [LinearDelta.of(Terms(a, b, 1.0), rate)]
     sums = wrapped(torch.ones(1, 6, size))[0, :, 0].detach()
     kept = sums * (1 - rate)
     torch.testing.assert_close(kept, kept.round(), atol=0.01, rtol=0)
@@ -324,7 +357,9 @@ def test_dropout_masks_depend_on_slot_step_module_and_example_only() -> None:
         layer.weight.zero_()
         wrapped = SlotLinear(layer, name, OnePlan(plan))  # type: ignore[arg-type]
         for number in (1, 2):
-            wrapped.deltas[number] = LinearDelta(nn.Parameter(torch.eye(50)), nn.Parameter(torch.eye(50)), 1.0, 0.5)
+            wrapped.deltas[number] = [
+                LinearDelta.of(Terms(nn.Parameter(torch.eye(50)), nn.Parameter(torch.eye(50))), 0.5)
+            ]
         y = wrapped(torch.ones(1, segments[-1].end, 50))[0].detach()
         return [y[s.start : s.end] for s in segments]
 
@@ -343,7 +378,7 @@ def test_a_layer_that_no_running_slot_touches_is_the_bare_layer() -> None:
     layer = nn.Linear(5, 4)
     plan = Plan.of([Segment(0, 3, 0), Segment(3, 5, 2)])
     wrapped = SlotLinear(layer, "layer", OnePlan(plan))  # type: ignore[arg-type]
-    wrapped.deltas[1] = LinearDelta(nn.Parameter(torch.ones(1, 5)), nn.Parameter(torch.ones(4, 1)), 1.0)
+    wrapped.deltas[1] = [LinearDelta.of(Terms(nn.Parameter(torch.ones(1, 5)), nn.Parameter(torch.ones(4, 1))))]
     x = torch.randn(1, 5, 5)
     assert torch.equal(wrapped(x), layer(x))
 

@@ -61,12 +61,12 @@ def test_what_is_trained_takes_what_the_optimizer_allocates(dtype: torch.dtype, 
     trained = Trained(617, dtype.itemsize, owns_base)
     state = {name: tensor for name, tensor in optimizer.state().items() if tensor.numel() > 1}
     assert trained.checkpoint == sum(tensor.nbytes for tensor in state.values())
-    assert trained.moments == sum(tensor.nbytes for name, tensor in state.items() if name != "parameters")
-    assert trained.gradients == state["parameters"].nbytes
+    assert trained.moments == sum(tensor.nbytes for name, tensor in state.items() if name != "0/parameters")
+    assert trained.gradients == state["0/parameters"].nbytes
     assert trained.best == sum(parameter.nbytes for parameter in parameters.values())
     storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parameters.values()}
     base = sum(p.nbytes for p in parameters.values()) if owns_base else 0  # counted with the weights
-    flat = 0 if dtype == torch.float32 else state["parameters"].nbytes  # in fp32 the parameters are views of it
+    flat = 0 if dtype == torch.float32 else state["0/parameters"].nbytes  # in fp32 the parameters are views of it
     assert trained.parameters == sum(storages.values()) + flat - base
 
 

@@ -97,7 +97,7 @@ def test_narrow_parameters_keep_a_wide_copy() -> None:
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, wide[name])
     assert any(not torch.equal(p, start[n]) for n, p in ours.items())
-    assert flat.state()["parameters"].dtype == torch.float32
+    assert flat.state()["0/parameters"].dtype == torch.float32
 
 
 def test_narrow_and_wide_side_by_side() -> None:
@@ -121,7 +121,7 @@ def test_state_and_load_continue_bit_for_bit(dtype: torch.dtype) -> None:
 
     straight = parameters(dtype)
     flat = FlatAdamW(straight, 0.1, (0.9, 0.999))
-    assert set(flat.state()) == {"parameters"}, "no moments before the first step"
+    assert set(flat.state()) == {"0/parameters"}, "no moments before the first step"
     train(flat, straight, range(3))
     saved = flat.state()
     copies = {name: tensor.clone() for name, tensor in saved.items()}

@@ -123,7 +123,7 @@ def test_clipping_scales_the_whole_gradient_of_a_slot() -> None:
         run = lora_run(base, max_grad_norm=limit, num_steps=2)
         trainer = Trainer(base, [run])
         norm = trainer.step()[0].grad_norm
-        states[limit] = run.optimizer.state()["exp_avg"]
+        states[limit] = run.optimizer.state()["0/exp_avg"]
         assert norm > 1e-3, "the norm is told as it was before clipping"
     assert torch.equal(states[None], states[1e9])
     torch.testing.assert_close(states[1e-3], states[None] * (1e-3 / norm), atol=1e-15, rtol=1e-9)
@@ -149,7 +149,7 @@ def test_full_training_in_bf16_keeps_fp32_copies() -> None:
         trainer.step()
     assert mean_loss(base, slot, SFT(), run.train, 4096) < before - 0.2
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
-    assert run.optimizer.state()["parameters"].dtype == torch.float32
+    assert run.optimizer.state()["0/parameters"].dtype == torch.float32
 
 
 def test_lora_on_a_bf16_base_is_trained_in_fp32() -> None:

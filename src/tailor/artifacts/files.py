@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tailor.errors import ConfigError, DataError, NotFoundError
 from tailor.models.base import Base
+from tailor.models.linear import merged
 from tailor.models.slots import Slot
 from tailor.store import write_json
 from tailor.techniques import TECHNIQUES, Technique
@@ -117,14 +118,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def merged_weights(base: Base, slot: Slot) -> dict[str, Tensor]:
-    """W' = W + c·B A for every touched layer, computed in fp32 (or wider) and rounded once to the base's dtype."""
+    """W' and b' of every touched layer, computed in fp32 (or wider) and rounded once to the base's dtype."""
     changed = {}
-    for name, delta in slot.deltas.items():
+    for name, deltas in slot.deltas.items():
         wrapper = base.host.wrap_linear(name)
-        change = delta.weight().detach()
-        change = change.t() if wrapper.transposed else change
         weight = wrapper.weight.detach()
-        changed[f"{name}.weight"] = (weight.to(change.dtype) + change).to(weight.dtype)
+        with torch.no_grad():
+            new, bias = merged(weight.t() if wrapper.transposed else weight, wrapper.bias, deltas)
+        changed[f"{name}.weight"] = (new.t() if wrapper.transposed else new).to(weight.dtype)
+        if bias is not None and wrapper.bias is not None:
+            changed[f"{name}.bias"] = bias.to(wrapper.bias.dtype)
     return changed
 
 

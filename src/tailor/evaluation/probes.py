@@ -127,7 +127,7 @@ def request_flops(base: Base, slot: Slot | None, prompt_tokens: int, completion_
     n = prompt_tokens + completion_tokens - 1
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_size * (n * (n + 1) / 2)
-    deltas = sum(delta.a.numel() + delta.b.numel() for delta in slot.deltas.values()) if slot else 0
+    deltas = slot.num_operations() if slot else 0
     head = 2 * completion_tokens * base.head.weight.numel()
     return float(2 * n * (_matrix_weights(base) + deltas) + attention + head)
 
@@ -322,8 +322,10 @@ def _fitting(
     """The prompts that leave room for the answer under every name."""
     if not prompts:
         raise DataError("a probe needs at least one prompt")
-    room = backend.base.max_seq_len - max_new_tokens
-    fits = {name: [len(backend.rendering(name).prompt(prompt)) <= room for prompt in prompts] for name in names}
+    fits = {}
+    for name in names:
+        room = backend.base.room(backend.slot(name)) - max_new_tokens
+        fits[name] = [len(backend.rendering(name).prompt(prompt)) <= room for prompt in prompts]
     kept = [prompt for k, prompt in enumerate(prompts) if all(fits[name][k] for name in names)]
     if not kept:
         tightest = min(names, key=lambda name: sum(fits[name]))

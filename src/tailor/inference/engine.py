@@ -64,10 +64,9 @@ class Engine:
         for sequence in sequences:
             if not sequence.prompt_ids:
                 raise DataError("a prompt has no tokens: there is nothing to continue", hint="write at least one word")
-            if len(sequence.prompt_ids) >= self.base.max_seq_len:
+            if len(sequence.prompt_ids) >= (room := self._context(sequence)):
                 raise ResourceError(
-                    f"a prompt of {len(sequence.prompt_ids)} tokens leaves no room in the base's context "
-                    f"of {self.base.max_seq_len}",
+                    f"a prompt of {len(sequence.prompt_ids)} tokens leaves no room in the base's context of {room}",
                     hint="shorten the prompt, or use fewer shots",
                 )
         waiting = list(reversed(sequences))
@@ -118,13 +117,16 @@ class Engine:
             hidden = self.base.hidden(plan, torch.tensor(ids, device=device), torch.tensor(positions, device=device))
             return self.base.head.logits(hidden[torch.tensor([s.end - 1 for s in segments], device=device)])
 
+    def _context(self, sequence: Running) -> int:
+        return self.base.room(self.base.host.slots.get(sequence.slot))
+
     def _take(self, sequence: Running, token: int, logprob: float) -> None:
         sequence.token_ids.append(token)
         sequence.logprobs.append(logprob)
         total = len(sequence.prompt_ids) + len(sequence.token_ids)
         if token in self.stop_ids or sequence.ended(sequence.token_ids):
             sequence.finish_reason = "stop"
-        elif len(sequence.token_ids) >= sequence.sampling.max_new_tokens or total >= self.base.max_seq_len:
+        elif len(sequence.token_ids) >= sequence.sampling.max_new_tokens or total >= self._context(sequence):
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             sequence.cache = KVCache()  # free the memory at once

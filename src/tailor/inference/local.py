@@ -41,7 +41,7 @@ class LocalBackend:
         slot = self.slot(artifact)
         if slot is None:
             return Rendering(self.base.renderer, self.base.max_seq_len)
-        return Rendering(self.base.renderer, self.base.max_seq_len, slot.virtual_ids, slot.compose)
+        return Rendering(self.base.renderer, self.base.room(slot), slot.virtual_ids, slot.compose)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """One completion per request, in order; `progress` is told how many are complete."""

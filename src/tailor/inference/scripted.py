@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tailor.inference.backend import Completion, Request
-from tailor.models.linear import stable_seed
+from tailor.models.dropout import stable_seed
 
 Script = Callable[[Request], str]
 

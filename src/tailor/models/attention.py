@@ -3,7 +3,7 @@
 Shapes: B = 1 always; H query heads, G key/value heads, T packed tokens, S keys of one sequence, D head size.
 
 transformers calls `attend` through its attention interface with q, k, v of the whole packed row. It cuts them at the
-segment boundaries of the running plan and attends inside each sequence: [cache | parents | own keys].
+segment boundaries of the running plan and attends inside each sequence: [prefix | cache or parents | own keys].
 """
 
 from __future__ import annotations
@@ -18,22 +18,33 @@ from tailor.models.block_attention import Scores, block_attention
 
 if TYPE_CHECKING:
     from tailor.models.plan import Plan
+    from tailor.models.slots import SlotHost
 
 ATTENTION = "tailor"
 
 
 class KVCache:
-    """Keys and values of one sequence, per layer (1, G, S, D), in buffers that double when they fill up."""
+    """Keys and values of one sequence, per layer (1, G, S, D), in buffers that double when they fill up.
+
+    The first `num_prefix` positions are not the sequence's own: a slot's prefix put them there.
+    """
 
     def __init__(self) -> None:
+        self.num_prefix = 0
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
 
     @property
     def length(self) -> int:
-        """Tokens stored (of the first layer; all layers agree between passes)."""
-        return next(iter(self._lengths.values()), 0)
+        """Tokens stored (of the first layer; all layers agree between passes), the prefix not counted."""
+        return max(0, next(iter(self._lengths.values()), 0) - self.num_prefix)
+
+    def begin(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put a prefix (1, G, P, D) in front, when nothing is stored for this layer yet."""
+        if layer not in self._lengths:
+            self.num_prefix = key.shape[2]
+            self.append(layer, key, value)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v of shape (1, G, t, D) of new tokens and return those of the whole sequence so far."""
@@ -75,23 +86,43 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
     """
     plan: Plan = module.slot_host.running()  # type: ignore[union-attr, operator]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    prefixes = _prefixes(module.slot_host, plan, layer, key)  # type: ignore[arg-type]
     if plan.in_blocks(query):
         scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-        blocks = plan.blocks(query.shape[1] // key.shape[1], sliding_window, query.dtype)
+        sizes = [(slot, keys.shape[2]) for slot, (keys, _) in prefixes.items()]
+        blocks = plan.blocks(query.shape[1] // key.shape[1], sliding_window, query.dtype, sizes)
+        for keys, values in prefixes.values():
+            key, value = torch.cat([key, keys], dim=2), torch.cat([value, values], dim=2)
         return block_attention(query[0], key[0], value[0], blocks, scores)[None], None
     lengths = [segment.length for segment in plan.segments]
     # split, not slices: its backward is one concatenation, a slice's is a full-size zero tensor per segment
     queries, keys, values = (list(t.split(lengths, dim=2)) for t in (query, key, value))
     outputs = []
     for row, segment in enumerate(plan.segments):
+        prefix = prefixes.get(segment.slot)
         if (cache := plan.caches[row]) is not None:
+            if prefix is not None:
+                cache.begin(layer, *prefix)
             keys[row], values[row] = cache.append(layer, keys[row], values[row])
+        elif segment.parent < 0 and prefix is not None:
+            keys[row] = torch.cat([prefix[0], keys[row]], dim=2)
+            values[row] = torch.cat([prefix[1], values[row]], dim=2)
         elif segment.parent >= 0:
             # parents stand before their children, so the parent's keys already include its own parents'
             keys[row] = torch.cat([keys[segment.parent], keys[row]], dim=2)
             values[row] = torch.cat([values[segment.parent], values[row]], dim=2)
         outputs.append(attention(queries[row], keys[row], values[row], scaling, sliding_window, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _prefixes(host: SlotHost, plan: Plan, layer: int, like: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values (1, G, P, D) of this layer by slot, of the slots in the pass that have a prefix."""
+    found = {}
+    for span in plan.spans:
+        if (prefix := host.prefix_of(span.slot)) is not None:
+            key, value = prefix.layers()[layer].to(like.dtype)[:, None]
+            found[span.slot] = (key, value)
+    return found
 
 
 def attention(

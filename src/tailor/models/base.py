@@ -18,7 +18,7 @@ from tailor.models.fused import fuse
 from tailor.models.loss_head import Head, token_logprobs
 from tailor.models.placement import placement_of, read_config
 from tailor.models.plan import Plan
-from tailor.models.slots import SlotHost
+from tailor.models.slots import Slot, SlotHost
 from tailor.text.render import Renderer, make_renderer
 from tailor.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -67,10 +67,15 @@ class Base:
 
         Raises ResourceError when a position lies beyond the base's context.
         """
-        longest = max((s.position0 + s.length for s in plan.segments), default=0)
+        offsets = {span.slot: prefix.num for span in plan.spans if (prefix := self.host.prefix_of(span.slot))}
+        longest = max((s.position0 + s.length + offsets.get(s.slot, 0) for s in plan.segments), default=0)
         if longest > self.max_seq_len:
             raise ResourceError(f"a sequence of {longest} tokens exceeds the base's context of {self.max_seq_len}")
         assert self.config._attn_implementation == ATTENTION, "somebody changed the config's attention"
+        if offsets:  # a prefix takes the first positions, as the past of a cache would
+            lengths = torch.tensor([span.end - span.start for span in plan.spans], device=position_ids.device)
+            shifts = torch.tensor([offsets.get(span.slot, 0) for span in plan.spans], device=position_ids.device)
+            position_ids = position_ids + shifts.repeat_interleave(lengths)
         output = self._decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -91,6 +96,10 @@ class Base:
         """`score`, cut into the batch's segments: one (n,) tensor per row of the segment table."""
         counts = [int(batch.loss_mask[s.start : s.end].sum()) for s in batch.segments]
         return list(self.score(batch).split(counts))
+
+    def room(self, slot: Slot | None) -> int:
+        """Tokens that a sequence of this slot may have, its virtual tokens counted: the context less its prefix."""
+        return self.max_seq_len - (slot.num_prefix if slot else 0)
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], slot: int = 0) -> Tensor:

@@ -47,8 +47,13 @@ class Blocks:
     disjoint: bool
 
     @staticmethod
-    def of(segments: Sequence[Segment], repeats: int, window: int | None, dtype: torch.dtype) -> Blocks:
-        """Blocks for R = `repeats`. A token sees its sequence up to itself and its parents, `window` tokens back."""
+    def of(
+        segments: Sequence[Segment], num_queries: int, repeats: int, window: int | None, dtype: torch.dtype
+    ) -> Blocks:
+        """Blocks for R = `repeats`. A token sees its sequence up to itself and its parents, `window` tokens back.
+
+        The first `num_queries` segments have queries; others are only seen (prefixes).
+        """
         lineage = [_lineage(segments, row) for row in range(len(segments))]
         table = torch.zeros(len(segments), len(segments), dtype=torch.bool)
         for row, rows in enumerate(lineage):
@@ -56,7 +61,7 @@ class Blocks:
         owners = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([s.length for s in segments]))
         positions = torch.arange(len(owners)) + torch.tensor([s.position0 - s.start for s in segments])[owners]
         blocks = []
-        for pieces in _gathered(segments):
+        for pieces in _gathered(segments[:num_queries]):
             start, end = pieces[0].start, pieces[-1].end
             ranges = _ranges(segments, lineage, pieces, window)
             keys = torch.cat([torch.arange(a, b) for a, b in ranges])

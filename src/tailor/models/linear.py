@@ -1,49 +1,104 @@
-"""A frozen linear layer with one low-rank delta per slot, all slots in one autograd function.
+"""A frozen linear layer that every slot may change in its own way, all slots in one autograd function.
 
-Notation: T packed tokens, I and O the layer's input and output sizes, r the rank, x_TI etc.
+Notation: T packed tokens, I and O the layer's input and output sizes, r a rank, x_TI etc. For the tokens of each span
 
-    y_s = W x_s + b + c · B A dropout(x_s)        for the tokens s of each span
+    y = o ⊙ W (i ⊙ x) + c · B A dropout(x) + b'        b' = b + d, or o ⊙ b + d
 
-W never gets a gradient here; the base product is one matmul for all slots together.
+which is LoRA, rsLoRA, DoRA, PiSSA, VeRA (low rank), IA3 (i or o) and BitFit (d), alone or together, and merges into
+W' = diag(o) W diag(i) + c·B A. W never gets a gradient here; its product is one matmul for all slots together.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
+
+from tailor.models.dropout import keep_mask
 
 if TYPE_CHECKING:
     from tailor.models.plan import Plan, Span
     from tailor.models.slots import SlotHost
 
 
+class Terms(NamedTuple):
+    """What a technique does to a layer, as it stands in this pass: the letters of the formula above.
+
+    a (r, I), b (O, r), input_scale i (I,), output_scale o (O,), bias d (O,). `scales_bias`: o multiplies the layer's
+    own bias too.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    input_scale: Tensor | None = None
+    output_scale: Tensor | None = None
+    scales_bias: bool = False
+    bias: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class LinearDelta:
-    """One slot's change of one linear layer: `scale` · B A, with B (O, r) and A (r, I)."""
+    """One technique's change of one linear layer. `terms()` gives its tensors; `dropout` is on the input of A."""
 
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
+    terms: Callable[[], Terms]
     dropout: float = 0.0
 
-    def weight(self) -> Tensor:
-        """The change of W as one (O, I) matrix, in the parameters' precision."""
-        return self.scale * (self.b @ self.a)
+    @staticmethod
+    def of(terms: Terms, dropout: float = 0.0) -> LinearDelta:
+        """The change whose tensors are parameters or constants as they are."""
+        return LinearDelta(lambda: terms, dropout)
+
+    def num_operations(self) -> int:
+        """Multiplications per token on top of the layer's own."""
+        return sum(t.numel() for t in self.terms() if isinstance(t, Tensor))
+
+
+def merged(weight: Tensor, bias: Tensor | None, deltas: Sequence[LinearDelta]) -> tuple[Tensor, Tensor | None]:
+    """W' (O, I) and b' (O,) of a layer with its deltas folded in, in at least fp32. `bias` None stays None without d."""
+    every = [delta.terms() for delta in deltas]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    for terms in every:
+        if terms.input_scale is not None:
+            weight = weight * terms.input_scale
+        if terms.output_scale is not None:
+            weight = terms.output_scale[:, None] * weight
+            bias = terms.output_scale * bias if bias is not None and terms.scales_bias else bias
+    for terms in every:
+        if terms.a is not None and terms.b is not None:
+            weight = weight + terms.scale * (terms.b @ terms.a)
+        if terms.bias is not None:
+            bias = terms.bias if bias is None else bias + terms.bias
+    return weight, bias
+
+
+class _LowRank(NamedTuple):
+    """Where A and B stand among the function's tensors, and what belongs to this pass."""
+
+    a: int
+    b: int
+    scale: float
+    keep: Tensor | None  # (t, I) dropout mask already divided by the keep probability
 
 
 class _Part(NamedTuple):
-    """A span with what the autograd function needs to know of its slot besides the two matrices."""
+    """What happens to the tokens start to end. Numbers are places among the function's tensors, -1 for none."""
 
     start: int
     end: int
-    scale: float
-    keep: Tensor | None  # (t, I) dropout mask already divided by the keep probability
+    low_ranks: tuple[_LowRank, ...]
+    input_scale: int = -1
+    output_scale: int = -1
+    bias: int = -1
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.end)
 
 
 class SlotLinear(nn.Module):
@@ -53,7 +108,7 @@ class SlotLinear(nn.Module):
         super().__init__()
         self.base = base
         self.name = name
-        self.deltas: dict[int, LinearDelta] = {}
+        self.deltas: dict[int, list[LinearDelta]] = {}
         self.slot_host = host
         self.transposed = is_conv1d(base)
         self.in_features, self.out_features = linear_sizes(base)
@@ -71,72 +126,131 @@ class SlotLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, T, I) → (…, T, O); the tokens must be the running plan's, in its order."""
         plan = self.slot_host.running()
-        touched = [(span, self.deltas[span.slot]) for span in plan.spans if span.slot in self.deltas]
+        touched = [span for span in plan.spans if span.slot in self.deltas]
         if not touched:
             return self.base(x)  # type: ignore[no-any-return]
         assert x.numel() == plan.segments[-1].end * self.in_features, "these are not the plan's tokens"
-        parts = [_Part(span.start, span.end, delta.scale, self._keep(plan, span, delta, x)) for span, delta in touched]
-        matrices = [m for _, delta in touched for m in (delta.a, delta.b)]
+        tensors: list[Tensor] = []
+        parts = [self._part(plan, span, tensors, x) for span in touched]
         weight = self.weight.t() if self.transposed else self.weight
-        flat = _SlotAffine.apply(x.reshape(-1, self.in_features), weight, self.bias, parts, *matrices)  # type: ignore[no-untyped-call]
+        flat = _SlotAffine.apply(x.reshape(-1, self.in_features), weight, self.bias, parts, *tensors)  # type: ignore[no-untyped-call]
         return flat.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
-    def _keep(self, plan: Plan, span: Span, delta: LinearDelta, x: Tensor) -> Tensor | None:
-        if delta.dropout == 0.0 or not plan.training:
-            return None
-        seed, step = self.slot_host.slots[span.slot].seed, plan.steps.get(span.slot, 0)
-        masks = []
-        for segment in plan.segments:
-            if span.start <= segment.start < span.end:
-                key = f"{seed}/{step}/{self.name}/{segment.index}/{segment.group}/{segment.position0}"
-                generator = torch.Generator(x.device).manual_seed(stable_seed(key))
-                noise = torch.rand(segment.length, self.in_features, generator=generator, device=x.device)
-                masks.append((noise >= delta.dropout).to(x.dtype))
-        return torch.cat(masks) / (1.0 - delta.dropout)
+    def _part(self, plan: Plan, span: Span, tensors: list[Tensor], x: Tensor) -> _Part:
+        """One span's part; its tensors are added to those of the function."""
+
+        def place(tensor: Tensor | None) -> int:
+            if tensor is None:
+                return -1
+            tensors.append(tensor)
+            return len(tensors) - 1
+
+        low_ranks = []
+        inputs, outputs, offset = None, None, None
+        for number, delta in enumerate(self.deltas[span.slot]):
+            terms = delta.terms()
+            inputs, outputs = _product(inputs, terms.input_scale), _product(outputs, terms.output_scale)
+            if terms.output_scale is not None and terms.scales_bias and self.bias is not None:
+                change = self.bias.to(terms.output_scale.dtype) * (terms.output_scale - 1.0)
+                offset = change if offset is None else offset + change
+            if terms.bias is not None:
+                offset = terms.bias if offset is None else offset + terms.bias
+            if terms.a is not None and terms.b is not None:
+                keep = None
+                if delta.dropout and plan.training:
+                    name = f"{self.name}/{number}" if number else self.name
+                    keep = keep_mask(self.slot_host, plan, span, name, delta.dropout, x[..., :0, :])
+                low_ranks.append(_LowRank(place(terms.a), place(terms.b), terms.scale, keep))
+        return _Part(span.start, span.end, tuple(low_ranks), place(inputs), place(outputs), place(offset))
+
+
+def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left * right
 
 
 class _SlotAffine(torch.autograd.Function):
-    """The base product plus each span's low-rank product, added in place to its rows of the result."""
+    """The base product, and what each span adds to or multiplies into its own rows, in place."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[_Part], *matrices: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[_Part], *tensors: Tensor
     ) -> Tensor:
-        y = nn.functional.linear(x, weight, bias)
-        saved: list[Tensor] = []
-        for k, part in enumerate(parts):
-            a, b = matrices[2 * k].to(x.dtype), matrices[2 * k + 1].to(x.dtype)
-            rows = x[part.start : part.end]
-            rows = rows if part.keep is None else rows * part.keep
-            inner = rows @ a.t()
-            y[part.start : part.end].addmm_(inner, b.t(), alpha=part.scale)
-            saved += [rows, inner]
+        narrow = [tensor.to(x.dtype) for tensor in tensors]
+        scaled = x
+        if any(part.input_scale >= 0 for part in parts):
+            scaled = x.clone()
+            for part in parts:
+                if part.input_scale >= 0:
+                    scaled[part.rows] *= narrow[part.input_scale]
+        y = nn.functional.linear(scaled, weight, bias)
+        kept: list[Tensor] = []
+        for part in parts:
+            rows, out = x[part.rows], y[part.rows]
+            if part.output_scale >= 0:
+                own = out if bias is None else out - bias
+                kept.append(own.clone() if bias is None else own)
+                torch.mul(own, narrow[part.output_scale], out=out)
+                if bias is not None:
+                    out += bias
+            for low in part.low_ranks:
+                inner = (rows if low.keep is None else rows * low.keep) @ narrow[low.a].t()
+                out.addmm_(inner, narrow[low.b].t(), alpha=low.scale)
+                kept.append(inner)
+            if part.bias >= 0:
+                out += narrow[part.bias]
         ctx.parts = parts
-        ctx.num_matrices = len(matrices)
-        ctx.save_for_backward(weight, *matrices, *saved)
+        ctx.num_tensors = len(tensors)
+        ctx.save_for_backward(x, weight, *tensors, *kept)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Any, ...]:
-        weight, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-        matrices, saved = tensors[: ctx.num_matrices], tensors[ctx.num_matrices :]  # type: ignore[attr-defined]
-        needs_x = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        grad_x = grad @ weight if needs_x else None
-        grads: list[Tensor] = []
-        for k, part in enumerate(ctx.parts):  # type: ignore[attr-defined]
-            a, b, rows, inner = matrices[2 * k], matrices[2 * k + 1], saved[2 * k], saved[2 * k + 1]
-            rows_grad = grad[part.start : part.end]
-            grad_inner = part.scale * (rows_grad @ b.to(grad.dtype))
-            grads.append((grad_inner.t() @ rows).to(a.dtype))
-            grads.append((part.scale * (rows_grad.t() @ inner)).to(b.dtype))
-            if grad_x is None:
-                continue
-            if part.keep is None:
-                grad_x[part.start : part.end].addmm_(grad_inner, a.to(grad.dtype))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        tensors, kept = saved[: ctx.num_tensors], iter(saved[ctx.num_tensors :])
+        grads: list[Tensor | None] = [None] * len(tensors)
+        parts: Sequence[_Part] = ctx.parts
+        through = grad  # the gradient at W (i ⊙ x)
+        if any(part.output_scale >= 0 for part in parts):
+            through = grad.clone()
+        needs_x = ctx.needs_input_grad[0]
+        low_grads: list[tuple[_Part, _LowRank, Tensor]] = []
+        for part in parts:
+            rows_grad = grad[part.rows]
+            if part.output_scale >= 0:
+                scale = tensors[part.output_scale]
+                grads[part.output_scale] = _sum(rows_grad * next(kept), scale)
+                through[part.rows] *= scale.to(grad.dtype)
+            if part.bias >= 0:
+                grads[part.bias] = _sum(rows_grad, tensors[part.bias])
+            for low in part.low_ranks:
+                a, b, inner = tensors[low.a], tensors[low.b], next(kept)
+                rows = x[part.rows] if low.keep is None else x[part.rows] * low.keep
+                grad_inner = low.scale * (rows_grad @ b.to(grad.dtype))
+                grads[low.a] = (grad_inner.t() @ rows).to(a.dtype)
+                grads[low.b] = (low.scale * (rows_grad.t() @ inner)).to(b.dtype)
+                low_grads.append((part, low, grad_inner))
+        grad_x = through @ weight if needs_x else None
+        for part in parts:
+            if part.input_scale >= 0:
+                scale = tensors[part.input_scale]
+                before = through[part.rows] @ weight if grad_x is None else grad_x[part.rows]
+                grads[part.input_scale] = _sum(before * x[part.rows], scale)
+                before *= scale.to(grad.dtype)
+        for part, low, grad_inner in low_grads if grad_x is not None else []:
+            a = tensors[low.a].to(grad.dtype)
+            if low.keep is None:
+                grad_x[part.rows].addmm_(grad_inner, a)  # type: ignore[index]
             else:
-                grad_x[part.start : part.end].addcmul_(grad_inner @ a.to(grad.dtype), part.keep)
+                grad_x[part.rows].addcmul_(grad_inner @ a, low.keep)  # type: ignore[index]
         return (grad_x, None, None, None, *grads)
+
+
+def _sum(rows: Tensor, like: Tensor) -> Tensor:
+    """(t, n) → (n,), summed in the parameter's precision."""
+    return rows.sum(0, dtype=like.dtype)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -155,8 +269,3 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
         size_in, size_out = module.weight.shape  # type: ignore[misc]
         return int(size_in), int(size_out)
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-
-def stable_seed(key: str) -> int:
-    """A 63-bit seed from a text; the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

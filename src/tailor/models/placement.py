@@ -8,22 +8,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from tailor.errors import ConfigError, nearest
 
 
+Block = Literal["attention", "mlp"]
+Part = Literal["all", "query|key|value", "(query,key,value) per head"]
+"""How a projection's output is laid out: keys (or values) alone, fused one after the other, or fused head by head."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """`lora_targets`: the query and value projections (LoRA, arXiv:2106.09685 section 4.2), by the ends of their names.
 
-    On fused projections the whole fused layer is the target, as PEFT does.
+    On fused projections the whole fused layer is the target, as PEFT does. `attention` and `mlp` are the blocks inside
+    a decoder layer (of `mlp` where it is entered and left); `ia3_targets` the projections to keys and values and where
+    in their output those stand; `feedforward` the projections out of the MLP, () where they belong to experts.
     """
 
     model_type: str
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    attention: str = "self_attn"
+    mlp: tuple[str, str] = ("mlp", "mlp")
+    ia3_targets: tuple[tuple[str, Part], ...] = (("k_proj", "all"), ("v_proj", "all"))
+    feedforward: tuple[str, ...] = ("down_proj",)
+
+    def block(self, model: nn.Module, block: Block, layer: int) -> tuple[str, str]:
+        """Names of the modules through which a block of a decoder layer is entered and left."""
+        stem = f"{self.layers(model)}.{layer}"
+        entry, leave = (self.attention, self.attention) if block == "attention" else self.mlp
+        return f"{stem}.{entry}", f"{stem}.{leave}"
 
     def embedding(self, model: nn.Module) -> str:
         """Name of the input embedding."""
@@ -46,16 +63,28 @@ SUPPORTED: dict[str, Placement] = {
         Placement("gemma"),
         Placement("gemma2"),
         Placement("gemma3_text"),
-        Placement("phi3", lora_targets=("qkv_proj",)),
+        Placement("phi3", lora_targets=("qkv_proj",), ia3_targets=(("qkv_proj", "query|key|value"),)),
         Placement("olmo2"),
         Placement("granite"),
         Placement("smollm3"),
-        Placement("gpt2", lora_targets=("c_attn",)),
-        Placement("gpt_neox", lora_targets=("query_key_value",)),
-        Placement("opt"),
-        Placement("mixtral"),
-        Placement("qwen3_moe"),
-        Placement("starcoder2"),
+        Placement(
+            "gpt2",
+            lora_targets=("c_attn",),
+            attention="attn",
+            ia3_targets=(("c_attn", "query|key|value"),),
+            feedforward=("mlp.c_proj",),
+        ),
+        Placement(
+            "gpt_neox",
+            lora_targets=("query_key_value",),
+            attention="attention",
+            ia3_targets=(("query_key_value", "(query,key,value) per head"),),
+            feedforward=("dense_4h_to_h",),
+        ),
+        Placement("opt", mlp=("fc1", "fc2"), feedforward=("fc2",)),
+        Placement("mixtral", feedforward=()),
+        Placement("qwen3_moe", feedforward=()),
+        Placement("starcoder2", feedforward=("c_proj",)),
         Placement("stablelm"),
         Placement("glm4"),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tailor.data.packing import Batch, Segment
 from tailor.models.block_attention import Blocks
+from tailor.models.prefix import behind_prefixes
 
 if TYPE_CHECKING:
     from tailor.models.attention import KVCache
@@ -33,6 +34,7 @@ class Plan:
 
     `steps` (slot → its own optimizer step) and `training` decide dropout: masks are drawn per sequence from (slot seed,
     step, module, example index), so they do not depend on how sequences were packed or on who else is in the pass.
+    `derived` holds what slots computed from their parameters for this pass.
     """
 
     segments: tuple[Segment, ...]
@@ -40,6 +42,7 @@ class Plan:
     caches: tuple[KVCache | None, ...]
     steps: Mapping[int, int] = field(default_factory=dict)
     training: bool = False
+    derived: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     _blocks: dict[tuple[object, ...], Blocks] = field(default_factory=dict, compare=False, repr=False)
 
     def in_blocks(self, query: Tensor) -> bool:
@@ -54,11 +57,17 @@ class Plan:
             return False
         return query.dtype in (torch.bfloat16, torch.float16) or any(segment.parent >= 0 for segment in self.segments)
 
-    def blocks(self, repeats: int, window: int | None, dtype: torch.dtype) -> Blocks:
-        """The blocks for `repeats` query heads per key head, made once for all layers alike."""
+    def blocks(
+        self, repeats: int, window: int | None, dtype: torch.dtype, prefixes: Sequence[tuple[int, int]] = ()
+    ) -> Blocks:
+        """The blocks for `repeats` query heads per key head, made once for all layers alike.
+
+        `prefixes`: slots whose prefix keys follow the keys of the tokens, and how many each has.
+        """
         key = (repeats, window, dtype)
         if key not in self._blocks:
-            self._blocks[key] = Blocks.of(self.segments, repeats, window, dtype)
+            table = behind_prefixes(self.segments, prefixes, self.segments[-1].end)
+            self._blocks[key] = Blocks.of(table, len(self.segments), repeats, window, dtype)
         return self._blocks[key]
 
     @staticmethod

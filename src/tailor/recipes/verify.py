@@ -131,10 +131,11 @@ def rendering_for(settings: DataSettings | None, base: Base, slot: Slot | None) 
     wanted = settings.max_seq_len if settings is not None else None
     if wanted is not None and wanted > base.max_seq_len:
         raise ConfigError(f"data.max_seq_len {wanted} is beyond the base's context of {base.max_seq_len}")
+    room = base.room(slot)
     prompted_only = slot is not None and slot.compose is not None and not slot.parameters
     return Rendering(
         base.renderer,
-        wanted or base.max_seq_len,
+        min(wanted or room, room),
         slot.virtual_ids if slot is not None else (),
         slot.compose if slot is not None else None,
         "last" if prompted_only or settings is None else settings.trained_turns,

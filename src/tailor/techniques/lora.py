@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tailor.errors import ConfigError
-from tailor.models.linear import LinearDelta, is_conv1d, linear_sizes
+from tailor.models.linear import LinearDelta, Terms, is_conv1d, linear_sizes
 from tailor.models.slots import Slot, match_names
 from tailor.techniques.technique import PEFT_PREFIX, Defaults, PeftFiles, Technique, Traits, refuse_settings
 
@@ -89,7 +89,7 @@ class LoRA(Technique):
             start = torch.rand(self.rank, size_in, generator=slot.generator(name)) * (2 * bound) - bound
             a = slot.new_parameter(f"{name}.lora_A.weight", start)
             b = slot.new_parameter(f"{name}.lora_B.weight", torch.zeros(size_out, self.rank))
-            slot.add_delta(name, LinearDelta(a, b, self.alpha / self.rank, self.dropout))
+            slot.add_delta(name, LinearDelta.of(Terms(a, b, self.alpha / self.rank), self.dropout))
 
     def to_peft(self, slot: Slot) -> PeftFiles:
         """PEFT's `LORA` files."""

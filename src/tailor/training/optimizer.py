@@ -1,4 +1,4 @@
-"""AdamW over one flat buffer per slot, and the learning-rate schedules.
+"""AdamW over one flat buffer per slot and rate, and the learning-rate schedules.
 
 Loshchilov & Hutter 2019, arXiv:1711.05101. Parameters in the optimizer's precision become views of the buffer, so one
 fused call updates a slot; parameters in a narrower precision (full fine-tuning in bf16) keep a wide copy there.
@@ -7,7 +7,9 @@ fused call updates a slot; parameters in a narrower precision (full fine-tuning 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,27 +19,62 @@ from torch.utils.hooks import RemovableHandle
 Schedule = Literal["cosine", "linear", "constant"]
 
 
+@dataclass
+class _Group:
+    """Parameters of one multiple of the learning rate, side by side in one buffer."""
+
+    rate: float
+    flat: nn.Parameter
+
+    @property
+    def grad(self) -> Tensor:
+        assert self.flat.grad is not None
+        return self.flat.grad
+
+
 class FlatAdamW:
     """AdamW with fp32 states (float64 for float64 parameters) over the concatenation of all parameters.
 
-    It takes the parameters over until `close`; before another one may train them.
+    `rates` are multiples of the learning rate, by parameter; those of one rate share a buffer. `changed` is called
+    after every change, which torch does not see in the parameters themselves. It takes the parameters over until
+    `close`; before another one may train them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        weight_decay: float,
+        betas: tuple[float, float],
+        rates: Mapping[str, float] = MappingProxyType({}),
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.parameters = dict(parameters)
-        first = next(iter(self.parameters.values()))
-        wide = torch.promote_types(first.dtype, torch.float32)
-        self._flat = nn.Parameter(
-            torch.empty(sum(p.numel() for p in parameters.values()), dtype=wide, device=first.device)
-        )
-        self._flat.grad = torch.zeros_like(self._flat)
+        self._changed = changed
         self._narrow: list[tuple[nn.Parameter, Tensor]] = []
         self._hooks: list[RemovableHandle] = []
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            by_rate.setdefault(rates.get(name, 1.0), []).append(parameter)
+        self._groups = [_Group(rate, self._gather(group)) for rate, group in sorted(by_rate.items())]
+        self._adamw = torch.optim.AdamW(
+            [{"params": [group.flat]} for group in self._groups],
+            lr=0.0,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+
+    def _gather(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+        """One buffer for the parameters, and another for their gradients."""
+        first = parameters[0]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        flat = nn.Parameter(torch.empty(sum(p.numel() for p in parameters), dtype=wide, device=first.device))
+        flat.grad = torch.zeros_like(flat)
         offset = 0
-        for parameter in self.parameters.values():
+        for parameter in parameters:
             part = slice(offset, offset + parameter.numel())
-            value = self._flat.data[part].view_as(parameter)
-            grad = self._flat.grad[part].view_as(parameter)
+            value = flat.data[part].view_as(parameter)
+            grad = flat.grad[part].view_as(parameter)
             value.copy_(parameter.detach())
             if parameter.dtype == wide:
                 parameter.data, parameter.grad = value, grad
@@ -45,7 +82,7 @@ class FlatAdamW:
                 self._narrow.append((parameter, value))
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_accumulate_into(grad)))
             offset = part.stop
-        self._adamw = torch.optim.AdamW([self._flat], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        return flat
 
     def close(self) -> None:
         """Let go of the parameters: their values stay, gradients no longer arrive here."""
@@ -57,41 +94,46 @@ class FlatAdamW:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        assert self._flat.grad is not None
-        self._flat.grad.zero_()
+        for group in self._groups:
+            group.grad.zero_()
 
     def grad_norm(self) -> float:
         """Euclidean norm of the whole gradient; NaN or infinite when any part is."""
-        assert self._flat.grad is not None
-        return float(torch.linalg.vector_norm(self._flat.grad))
+        return math.hypot(*(float(torch.linalg.vector_norm(group.grad)) for group in self._groups))
 
     def step(self, learning_rate: float, clip: float) -> None:
         """One update with the gradient multiplied by `clip`."""
-        assert self._flat.grad is not None
-        if clip != 1.0:
-            self._flat.grad.mul_(clip)
-        self._adamw.param_groups[0]["lr"] = learning_rate
+        for group, settings in zip(self._groups, self._adamw.param_groups, strict=True):
+            if clip != 1.0:
+                group.grad.mul_(clip)
+            settings["lr"] = learning_rate * group.rate
         self._adamw.step()
+        self._spread()
+
+    def _spread(self) -> None:
         with torch.no_grad():
             for parameter, value in self._narrow:
                 parameter.copy_(value)
+        self._changed()
 
     def state(self) -> dict[str, Tensor]:
-        """The buffer and both moments, to resume from; before the first step the moments are absent."""
-        moments = self._adamw.state.get(self._flat, {})
-        kept = {"parameters": self._flat.detach()} | {k: v for k, v in moments.items() if isinstance(v, Tensor)}
+        """Buffers and both moments, to resume from; before the first step the moments are absent."""
+        kept: dict[str, Tensor] = {}
+        for number, group in enumerate(self._groups):
+            moments = self._adamw.state.get(group.flat, {})
+            kept[f"{number}/parameters"] = group.flat.detach()
+            kept |= {f"{number}/{k}": v for k, v in moments.items() if isinstance(v, Tensor)}
         return {name: tensor.cpu().clone() for name, tensor in kept.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue exactly where `state` was taken."""
-        with torch.no_grad():
-            self._flat.copy_(state["parameters"])
-            for parameter, value in self._narrow:
-                parameter.copy_(value)
-        # fused AdamW keeps its step count on the parameters' device too
-        moments = {k: v.to(self._flat.device, copy=True) for k, v in state.items() if k != "parameters"}
-        if moments:
-            self._adamw.state[self._flat] = moments
+        for number, group in enumerate(self._groups):
+            own = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{number}/")}
+            with torch.no_grad():
+                group.flat.copy_(own.pop("parameters"))
+            if own:  # fused AdamW keeps its step count on the parameters' device too
+                self._adamw.state[group.flat] = {k: v.to(group.flat.device, copy=True) for k, v in own.items()}
+        self._spread()
 
 
 def _accumulate_into(grad: Tensor):  # type: ignore[no-untyped-def]

@@ -134,8 +134,9 @@ def _feed_virtual_tokens(base: Base, slot: Slot, batch: Batch) -> list[Removable
 
 def _dropout_bytes(base: Base, slot: Slot, tokens: int) -> int:
     """The mask of every dropout and its input times the mask: drawn by a generator, which the meta device lacks."""
-    sizes = [int(delta.a.shape[1]) for delta in slot.deltas.values() if delta.dropout]
-    return 2 * tokens * sum(sizes) * base.dtype.itemsize
+    inputs = [base.host.wrap_linear(n).in_features for n, every in slot.deltas.items() for d in every if d.dropout]
+    outputs = [int(base.config.hidden_size) for every in slot.blocks.values() for d in every if d.dropout]
+    return 2 * tokens * sum(inputs + outputs) * base.dtype.itemsize
 
 
 class _Ledger(TorchDispatchMode):

@@ -18,7 +18,7 @@ from tailor.data.examples import Bundle
 from tailor.data.packing import Placed, pack
 from tailor.errors import TailorError
 from tailor.models.base import Base
-from tailor.models.linear import stable_seed
+from tailor.models.dropout import stable_seed
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.objectives.objective import Objective, scored_by_slot
@@ -49,7 +49,8 @@ class SlotRun:
     _orders: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = FlatAdamW(self.slot.parameters, self.settings.weight_decay, self.settings.betas)
+        slot, settings = self.slot, self.settings
+        self.optimizer = FlatAdamW(slot.parameters, settings.weight_decay, settings.betas, slot.rates, slot.touch)
 
     @property
     def active(self) -> bool:

@@ -1,0 +1,90 @@
+"""What slots do around the attention and MLP blocks of a decoder layer: adapters see a block's input and output.
+
+Hooks, not wrappers: the modules inside a block keep their names, and the model's own code never hears of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tailor.models.dropout import keep_mask
+
+if TYPE_CHECKING:
+    from tailor.models.plan import Plan, Span
+    from tailor.models.slots import SlotHost
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""(t, H) input rows and (t, H) output rows of a block to what is added to the output rows, (t, H)."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDelta:
+    """One technique's addition to a block's output; `dropout` is on what is added.
+
+    `parameters` are those `change` uses, for counts of operations.
+    """
+
+    change: Change
+    parameters: tuple[Tensor, ...] = ()
+    dropout: float = 0.0
+
+    def num_operations(self) -> int:
+        """Multiplications per token."""
+        return sum(p.numel() for p in self.parameters)
+
+
+class SlotBlock:
+    """Stands on a block: `entry` is the module whose input is the block's, `exit` the one whose output is."""
+
+    def __init__(self, name: str, entry: nn.Module, exit: nn.Module, host: SlotHost) -> None:
+        self.name = name
+        self.deltas: dict[int, list[BlockDelta]] = {}
+        self.slot_host = host
+        self._input: Tensor | None = None
+        self._hooks = [
+            entry.register_forward_pre_hook(self._enter, with_kwargs=True),
+            exit.register_forward_hook(self._leave),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = args[0] if args else kwargs["hidden_states"]
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Attention returns a tuple, an MLP a tensor, experts either; only the hidden states change."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        assert self._input is not None
+        changed = self._changed(self._input.reshape(-1, self._input.shape[-1]), hidden.reshape(-1, hidden.shape[-1]))
+        self._input = None
+        if changed is None:
+            return output
+        changed = changed.view(hidden.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def _changed(self, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        """(T, H) outputs with each span's additions, None when no slot of this pass has any."""
+        plan = self.slot_host.running()
+        if not any(span.slot in self.deltas for span in plan.spans):
+            return None
+        lengths = [span.end - span.start for span in plan.spans]
+        ins, outs = inputs.split(lengths), list(outputs.split(lengths))
+        for k, span in enumerate(plan.spans):
+            rows = outs[k]
+            for number, delta in enumerate(self.deltas.get(span.slot, ())):
+                added = delta.change(ins[k], rows)
+                outs[k] = outs[k] + self._noisy(added, plan, span, number, delta.dropout)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _noisy(self, rows: Tensor, plan: Plan, span: Span, number: int, dropout: float) -> Tensor:
+        if not dropout or not plan.training:
+            return rows
+        return rows * keep_mask(self.slot_host, plan, span, f"{self.name}/{number}", dropout, rows)
