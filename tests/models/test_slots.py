@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from tailor.data.packing import Segment
 from tailor.errors import ConfigError, ConflictError
 from tailor.models.base import Base
-from tailor.models.embedding import SlotEmbedding, VirtualTokens
 from tailor.models.dropout import stable_seed
+from tailor.models.embedding import SlotEmbedding, VirtualTokens
 from tailor.models.linear import LinearDelta, SlotLinear, Terms, is_linear, linear_sizes, merged
 from tailor.models.plan import Plan, Span
 from tailor.models.slots import Slot, match_names

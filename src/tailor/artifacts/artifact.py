@@ -10,17 +10,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from tailor.artifacts.files import (
     ADAPTER_CONFIG,
+    TRAINING_STATE,
     folder_hash,
     merged_weights,
     read_peft,
     read_state,
     write_model,
+    write_state,
     write_techniques,
 )
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
@@ -96,16 +100,23 @@ def save(
     techniques: Sequence[Technique],
     facts: Mapping[str, Any],
     *,
+    training_state: Mapping[str, Tensor] = MappingProxyType({}),
     force: bool = False,
 ) -> Artifact:
-    """Write the slot as an artifact, atomically; `facts` (recipe, data, metrics, parity) go into `tailor.json`."""
+    """Write the slot as an artifact, atomically; `facts` (recipe, data, metrics, parity) go into `tailor.json`.
+
+    `training_state` is what `slot.bake()` returned: training can go on from it.
+    """
     folder = check_free(name, force)
     with atomic_folder(folder, force=force) as draft:
         write_techniques(draft, techniques, slot, base)
+        if training_state:
+            write_state(draft / TRAINING_STATE, training_state)
         own = {
             "name": name,
             "techniques": [technique.model_dump(mode="json") for technique in techniques],
             "num_parameters": slot.num_parameters,
+            "num_trained": slot.num_parameters + slot.num_dropped,
             "base": describe_base(base),
         }
         manifest = write_manifest(draft, {**own, **facts})
@@ -181,7 +192,7 @@ def attach(base: Base, artifact: Artifact) -> Slot:
             f"(fingerprint {expected[:8]}…), but {base.name!r} has other weights ({base.fingerprint[:8]}…)",
             hint="load the base it was made on",
         )
-    slot = base.host.attach(artifact.techniques)
+    slot = base.host.attach(artifact.techniques, baked=True)
     state = read_state(artifact.folder, artifact.techniques)
     try:
         slot.load(state)
@@ -189,6 +200,17 @@ def attach(base: Base, artifact: Artifact) -> Slot:
         base.host.detach(slot)
         raise
     return slot
+
+
+def start_from(slot: Slot, artifact: Artifact) -> None:
+    """Let a slot that is about to train begin where the artifact's training ended.
+
+    Raises ConfigError when its techniques have other parameters.
+    """
+    from safetensors.torch import load_file
+
+    kept = artifact.folder / TRAINING_STATE
+    slot.load(load_file(kept) if kept.is_file() else read_state(artifact.folder, artifact.techniques))
 
 
 def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder: Path) -> None:
@@ -205,11 +227,11 @@ def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder
 def copy_peft(artifact: Artifact, folder: Path) -> None:
     """Copy the artifact's PEFT files alone. Raises ConfigError for what PEFT has no files for."""
     kinds = artifact.techniques
-    if len(kinds) != 1 or not kinds[0].traits.peft:
-        what = "a combination of techniques" if len(kinds) != 1 else kinds[0].type
-        raise ConfigError(
-            f"{artifact.name}: PEFT has no files for {what}", hint="its parts, or a merged model, may be exported"
-        )
+    if len(kinds) != 1:
+        hint = "its parts, or a merged model, may be exported"
+        raise ConfigError(f"{artifact.name}: PEFT has no files for a combination of techniques", hint=hint)
+    if reason := kinds[0].beyond_peft():
+        raise ConfigError(f"{artifact.name} cannot be exported for PEFT: {reason}")
     for path in artifact.folder.glob("adapter_*"):
         shutil.copyfile(path, folder / path.name)
 

@@ -28,6 +28,9 @@ from tailor.techniques.technique import PeftFiles
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROMPT = "prompt.json"
+WEIGHTS = "weights.safetensors"
+TRAINING_STATE = "training_state.safetensors"
+"""What training goes on from where it differs from what answers (a prompt encoder)."""
 
 PEFT_TYPES = {kind: technique for technique in TECHNIQUES.values() for kind in technique.peft_types}
 """Which of our techniques reads a PEFT adapter of this type."""
@@ -38,21 +41,28 @@ def write_techniques(folder: Path, techniques: Sequence[Technique], slot: Slot, 
     for number, technique in enumerate(techniques):
         part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
         part.mkdir(exist_ok=True)
-        if technique.traits.peft:
+        if technique.beyond_peft() is None:
             write_peft(part, technique.to_peft(slot), base)
         elif slot.owns_base and not technique.traits.frozen_base:
             write_model(part, base, {})
+        elif state := slot.state(of=technique):
+            write_state(part / WEIGHTS, state)
         else:
             write_json(part / PROMPT, technique.model_dump(mode="json"))
 
 
-def write_peft(folder: Path, files: PeftFiles, base: Base) -> None:
-    """`adapter_config.json` and `adapter_model.safetensors`, as PEFT and the servers that load it expect them."""
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Named tensors as safetensors."""
     from safetensors.torch import save_file
 
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+
+
+def write_peft(folder: Path, files: PeftFiles, base: Base) -> None:
+    """`adapter_config.json` and `adapter_model.safetensors`, as PEFT and the servers that load it expect them."""
     config, tensors = files
     write_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": base.name, **config})
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_state(folder / ADAPTER_WEIGHTS, tensors)
 
 
 def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
@@ -80,11 +90,15 @@ def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
 
 def read_state(folder: Path, techniques: Sequence[Technique]) -> dict[str, Tensor]:
     """The slot state of an artifact's techniques, parts united."""
+    from safetensors.torch import load_file
+
     state: dict[str, Tensor] = {}
     for number, technique in enumerate(techniques):
         part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
-        if technique.traits.peft:
+        if (part / ADAPTER_CONFIG).is_file():
             state |= read_peft(part)[1]
+        elif (part / WEIGHTS).is_file():
+            state |= load_file(part / WEIGHTS)
     return state
 
 
@@ -134,7 +148,8 @@ def merged_weights(base: Base, slot: Slot) -> dict[str, Tensor]:
 def folder_hash(folder: Path) -> str:
     """A hash over the names and bytes of the files that decide what the artifact answers."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "tailor.json"):
+    beside = ("tailor.json", TRAINING_STATE)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in beside):
         digest.update(str(path.relative_to(folder)).encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tailor.models.block_attention import Scores, block_attention
 
 if TYPE_CHECKING:
+    from tailor.models.host import SlotHost
     from tailor.models.plan import Plan
-    from tailor.models.slots import SlotHost
 
 ATTENTION = "tailor"
 
@@ -91,8 +91,8 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
         scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
         sizes = [(slot, keys.shape[2]) for slot, (keys, _) in prefixes.items()]
         blocks = plan.blocks(query.shape[1] // key.shape[1], sliding_window, query.dtype, sizes)
-        for keys, values in prefixes.values():
-            key, value = torch.cat([key, keys], dim=2), torch.cat([value, values], dim=2)
+        for own in prefixes.values():
+            key, value = torch.cat([key, own[0]], dim=2), torch.cat([value, own[1]], dim=2)
         return block_attention(query[0], key[0], value[0], blocks, scores)[None], None
     lengths = [segment.length for segment in plan.segments]
     # split, not slices: its backward is one concatenation, a slice's is a full-size zero tensor per segment

@@ -15,10 +15,11 @@ from tailor.models import attention
 from tailor.models.attention import ATTENTION
 from tailor.models.files import fingerprint, resolve, weight_files
 from tailor.models.fused import fuse
+from tailor.models.host import SlotHost
 from tailor.models.loss_head import Head, token_logprobs
 from tailor.models.placement import placement_of, read_config
 from tailor.models.plan import Plan
-from tailor.models.slots import Slot, SlotHost
+from tailor.models.slots import Slot
 from tailor.text.render import Renderer, make_renderer
 from tailor.text.tokenizer import Tokenizer, load_tokenizer
 

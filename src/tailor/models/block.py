@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tailor.models.dropout import keep_mask
 
 if TYPE_CHECKING:
+    from tailor.models.host import SlotHost
     from tailor.models.plan import Plan, Span
-    from tailor.models.slots import SlotHost
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """(t, H) input rows and (t, H) output rows of a block to what is added to the output rows, (t, H)."""

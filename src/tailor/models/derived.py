@@ -56,6 +56,7 @@ class Baked:
         compute: Callable[[Mapping[str, Tensor]], Tensor],
     ) -> None:
         self._slot = slot
+        self._owner = slot.attaching
         self._name = name
         self._compute = compute
         self._training: dict[str, nn.Parameter] = {}
@@ -78,7 +79,9 @@ class Baked:
             value = self._compute(self._training)
         for key in self._training:
             del self._slot.parameters[key]
+            self._slot.rates.pop(key, None)
         self._training = {}
+        self._slot.attaching = self._owner
         self._stand_alone(value)
 
     def _stand_alone(self, value: Tensor) -> None:

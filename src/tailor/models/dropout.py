@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tailor.models.host import SlotHost
     from tailor.models.plan import Plan, Span
-    from tailor.models.slots import SlotHost
 
 
 def keep_mask(host: SlotHost, plan: Plan, span: Span, name: str, dropout: float, like: Tensor) -> Tensor:

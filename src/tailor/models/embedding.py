@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tailor.text.tokenizer import VIRTUAL
 
 if TYPE_CHECKING:
-    from tailor.models.slots import SlotHost
+    from tailor.models.host import SlotHost
 
 
 @dataclass(frozen=True, eq=False)

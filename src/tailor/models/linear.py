@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from tailor.models.dropout import keep_mask
 
 if TYPE_CHECKING:
+    from tailor.models.host import SlotHost
     from tailor.models.plan import Plan, Span
-    from tailor.models.slots import SlotHost
 
 
 class Terms(NamedTuple):
@@ -59,7 +59,7 @@ class LinearDelta:
 
 
 def merged(weight: Tensor, bias: Tensor | None, deltas: Sequence[LinearDelta]) -> tuple[Tensor, Tensor | None]:
-    """W' (O, I) and b' (O,) of a layer with its deltas folded in, in at least fp32. `bias` None stays None without d."""
+    """W' (O, I) and b' (O,) of a layer with its deltas folded in, in at least fp32; b' None with neither b nor d."""
     every = [delta.terms() for delta in deltas]
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)

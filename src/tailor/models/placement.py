@@ -14,7 +14,6 @@ from torch import nn
 
 from tailor.errors import ConfigError, nearest
 
-
 Block = Literal["attention", "mlp"]
 Part = Literal["all", "query|key|value", "(query,key,value) per head"]
 """How a projection's output is laid out: keys (or values) alone, fused one after the other, or fused head by head."""

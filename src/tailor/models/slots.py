@@ -7,26 +7,27 @@ plain base. What a slot adds is found through the running `Plan`, which names th
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tailor.errors import ConfigError, ConflictError, nearest
-from tailor.models.block import BlockDelta, SlotBlock
+from tailor.models.block import BlockDelta
 from tailor.models.derived import Baked, Derived, T
 from tailor.models.dropout import stable_seed
-from tailor.models.embedding import SlotEmbedding, VirtualTokens
-from tailor.models.linear import LinearDelta, SlotLinear, is_linear
-from tailor.models.placement import Block, Placement
+from tailor.models.embedding import VirtualTokens
+from tailor.models.linear import LinearDelta
+from tailor.models.placement import Block
 from tailor.models.prefix import Prefix
 from tailor.text.messages import Message
-from tailor.text.tokenizer import VIRTUAL, Tokenizer
+from tailor.text.tokenizer import VIRTUAL
 
 if TYPE_CHECKING:
-    from tailor.models.plan import Plan
+    from tailor.models.host import SlotHost
+
+    pass
 
 BASE_SLOT = 0
 """The slot number of rows that belong to no customization."""
@@ -40,8 +41,9 @@ class Slot:
     """One customization attached right now: its parameters, its virtual tokens, its rewriting of the prompt.
 
     Techniques fill it in `attach` through `new_parameter` and `add_delta`, `add_block`, `add_virtual_tokens`,
-    `add_prefix`, `own` and `compose`. `rates` are multiples of the learning rate, by parameter. `baked`: what only
-    trains (encoders) is not there. `revision` counts changes of the parameters that torch does not see.
+    `add_prefix`, `own` and `compose`. `owners` tells whose a parameter is, `rates` multiples of the learning rate.
+    `baked`: what only trains (encoders) is not there; `num_dropped` is how many parameters that were. `revision` counts
+    changes of the parameters that torch does not see.
     """
 
     def __init__(self, host: SlotHost, number: int, seed: int, *, baked: bool = False) -> None:
@@ -51,7 +53,10 @@ class Slot:
         self.baked = baked
         self.revision = 0
         self.parameters: dict[str, nn.Parameter] = {}
+        self.owners: dict[str, Any] = {}
+        self.attaching: Any = None
         self.rates: dict[str, float] = {}
+        self.num_dropped = 0
         self.deltas: dict[str, list[LinearDelta]] = {}
         self.blocks: dict[str, list[BlockDelta]] = {}
         self.prefix: Prefix | None = None
@@ -69,7 +74,7 @@ class Slot:
     @property
     def has_dropout(self) -> bool:
         """Whether its passes in training are noisy: then no two sequences may share what is drawn for one."""
-        every = [*self.deltas.values(), *self.blocks.values()]
+        every: list[Sequence[LinearDelta | BlockDelta]] = [*self.deltas.values(), *self.blocks.values()]
         return any(delta.dropout for deltas in every for delta in deltas)
 
     @property
@@ -79,7 +84,7 @@ class Slot:
 
     def num_operations(self) -> int:
         """Multiplications per token that its linear layers and blocks add to the base's."""
-        every = [*self.deltas.values(), *self.blocks.values()]
+        every: list[Sequence[LinearDelta | BlockDelta]] = [*self.deltas.values(), *self.blocks.values()]
         return sum(delta.num_operations() for deltas in every for delta in deltas)
 
     @property
@@ -106,6 +111,7 @@ class Slot:
             raise ConfigError(f"two techniques of one list both want to add {name}", hint="give each its own targets")
         parameter = nn.Parameter(self.constant(value))
         self.parameters[name] = parameter
+        self.owners[name] = self.attaching
         if rate != 1.0:
             self.rates[name] = rate
         return parameter
@@ -134,10 +140,11 @@ class Slot:
         empty when there was nothing to drop."""
         if self.baked or not self._bakes:
             return {}
-        before = self.state()
+        before, trained = self.state(), self.num_parameters
         for baked in self._bakes:
             baked.bake()
         self.baked = True
+        self.num_dropped = trained - self.num_parameters
         return before
 
     def touch(self) -> None:
@@ -178,9 +185,10 @@ class Slot:
             parameter.requires_grad_(True)
             self.parameters[name] = parameter
 
-    def state(self) -> dict[str, Tensor]:
-        """The slot's parameters by name, detached and on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+    def state(self, of: Any = None) -> dict[str, Tensor]:
+        """The slot's parameters by name, detached and on the CPU; with `of` those of one of its techniques."""
+        names = [name for name in self.parameters if of is None or self.owners.get(name) == of]
+        return {name: self.parameters[name].detach().cpu().clone() for name in names}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state back. Raises ConfigError unless names and shapes agree exactly."""
@@ -196,173 +204,6 @@ class Slot:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
-
-
-class SlotHost:
-    """Holds the model, its wrappers and its slots, and the plan of the pass that is running."""
-
-    def __init__(self, model: nn.Module, placement: Placement, tokenizer: Tokenizer) -> None:
-        first = next(model.parameters())
-        self.model = model
-        self.tokenizer = tokenizer
-        self.placement = placement
-        self.device = first.device
-        self.dtype = first.dtype
-        self.slots: dict[int, Slot] = {}
-        self._next = BASE_SLOT + 1
-        self.plan: Plan | None = None
-        self._owner: Slot | None = None
-        self._linears: dict[str, SlotLinear] = {}
-        self._blocks: dict[str, SlotBlock] = {}
-        self._embedding: SlotEmbedding | None = None
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for module in model.modules():
-            if hasattr(module, "layer_idx"):
-                module.slot_host = self  # type: ignore[assignment]  # how `attend` finds the plan
-
-    def attach(self, techniques: Sequence[Any], seed: int = 0, *, baked: bool = False) -> Slot:
-        """A new slot with the given techniques composed; seeded parameters. Raises ConflictError beside `full`.
-
-        `baked`: as it is after training, to load an artifact into. Slot numbers are never reused, so nothing that is
-        keyed by them can meet a stranger.
-        """
-        if self._owner is not None:
-            raise ConflictError(
-                "this loaded base is owned by a full fine-tune, whose weights have replaced the base's",
-                hint="load the base again for other techniques",
-            )
-        slot = Slot(self, self._next, seed, baked=baked)
-        self._next += 1
-        self.slots[slot.number] = slot
-        try:
-            for technique in techniques:
-                technique.attach(slot)
-        except BaseException:
-            self._disown(slot)
-            self.detach(slot)
-            raise
-        return slot
-
-    def detach(self, slot: Slot) -> None:
-        """Remove the slot; wrappers that nobody needs any more go with it. A `full` slot keeps the host for itself."""
-        for module_name in slot.deltas:
-            wrapper = self._linears[module_name]
-            wrapper.deltas.pop(slot.number, None)
-            if not wrapper.deltas:
-                self._replace(module_name, wrapper.base)
-                del self._linears[module_name]
-        for name in slot.blocks:
-            block = self._blocks[name]
-            block.deltas.pop(slot.number, None)
-            if not block.deltas:
-                block.remove()
-                del self._blocks[name]
-        if self._embedding is not None:
-            self._embedding.tables.pop(slot.number, None)
-            if not self._embedding.tables:
-                self._replace(self.placement.embedding(self.model), self._embedding.base)
-                self._embedding = None
-        self.slots.pop(slot.number, None)
-
-    @contextmanager
-    def run(self, plan: Plan) -> Iterator[None]:
-        """The plan of everything inside, forward and backward. Passes do not nest."""
-        assert self.plan is None, "a pass is already running on this base"
-        self.plan = plan
-        try:
-            yield
-        finally:
-            self.plan = None
-            plan.derived.clear()
-
-    def running(self) -> Plan:
-        """The plan of the running pass."""
-        if self.plan is None:
-            raise RuntimeError("the base runs inside `host.run(plan)` only")
-        return self.plan
-
-    def prefix_of(self, slot: int) -> Prefix | None:
-        """The prefix of this slot, if it has one."""
-        return self.slots[slot].prefix if slot in self.slots else None
-
-    def claim(self, slot: Slot) -> None:
-        """Let `slot` own the base's weights. Raises ConflictError when other slots depend on them."""
-        others = [number for number in self.slots if number != slot.number]
-        if others or slot.parameters:
-            raise ConflictError(ALONE)
-        self._owner = slot
-        slot.owns_base = True
-
-    def _disown(self, slot: Slot) -> None:
-        """Undo `claim` for a slot that never came to train: the weights are still the base's."""
-        if self._owner is slot:
-            self._owner = None
-            for parameter in slot.parameters.values():
-                parameter.requires_grad_(False)
-
-    def linear_names(self) -> list[str]:
-        """Names of the linear layers a technique may target: those of the decoder layers, not the head."""
-        prefix = self.placement.layers(self.model) + "."
-        return [
-            name
-            for name, module in self.model.named_modules()
-            if name.startswith(prefix) and is_linear(module) and not name.endswith(".base")
-        ]
-
-    def wrap_linear(self, name: str) -> SlotLinear:
-        """The wrapper of a linear layer, made on first need."""
-        if name not in self._linears:
-            module = self.model.get_submodule(name)
-            assert is_linear(module), f"{name} is not a linear layer"
-            self._linears[name] = SlotLinear(module, name, self)
-            self._replace(name, self._linears[name])
-        return self._linears[name]
-
-    def wrap_block(self, block: Block, layer: int) -> SlotBlock:
-        """What stands on a block, made on first need."""
-        entry, leave = self.placement.block(self.model, block, layer)
-        name = f"{self.placement.layers(self.model)}.{layer}.{block}"
-        if name not in self._blocks:
-            modules = self.model.get_submodule(entry), self.model.get_submodule(leave)
-            self._blocks[name] = SlotBlock(name, *modules, self)
-        return self._blocks[name]
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return len(self.model.get_submodule(self.placement.layers(self.model)))  # type: ignore[arg-type]
-
-    def wrap_embedding(self) -> SlotEmbedding:
-        """The wrapper of the input embedding, made on first need."""
-        if self._embedding is None:
-            name = self.placement.embedding(self.model)
-            self._embedding = SlotEmbedding(self.model.get_submodule(name), self)
-            self._replace(name, self._embedding)
-        return self._embedding
-
-    def embedding_shape(self) -> tuple[int, int]:
-        """(vocabulary, hidden): how many words have a text, and the width a virtual token must have."""
-        module = self.model.get_submodule(self.placement.embedding(self.model))
-        return min(self.tokenizer.vocab_size, int(module.num_embeddings)), int(module.embedding_dim)  # type: ignore[arg-type]
-
-    def embedding_rms(self) -> float:
-        """Root mean square of the word embeddings as the model sees them, over at most 4,096 words."""
-        vocabulary, _ = self.embedding_shape()
-        sample = self.embed(range(0, vocabulary, -(-vocabulary // 4096)))
-        return float(sample.float().pow(2).mean().sqrt())
-
-    def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """(n, hidden) of words, by calling the embedding: Gemma 3 scales inside it."""
-        module = self.model.get_submodule(self.placement.embedding(self.model))
-        plain = module.base if isinstance(module, SlotEmbedding) else module
-        with torch.no_grad():
-            vectors: Tensor = plain(torch.tensor(list(token_ids), device=self.device))
-        return vectors
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, module)
 
 
 def layer_of(name: str) -> int:

@@ -224,7 +224,7 @@ def _described(base: Base | None, entry: Entry, draw: Draw, trial: Trial | None 
             "where": ", ".join(t.where for t in traits),
             **{name: all(getattr(t, name) for t in traits) for name in ("frozen_base", "merges", "mixes", "peft")},
         },
-        "num_parameters": trial.slot.num_parameters if trial is not None else 0,
+        "num_parameters": trial.slot.num_parameters + trial.slot.num_dropped if trial is not None else 0,
         "base_parameters": base.num_parameters if base is not None else None,
         "rows": {"train": len(draw.train), "validation": len(draw.validation)},
         "notes": list(trial.notes) if trial is not None else [],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
+from torch import Tensor
 
 from tailor.artifacts import artifact as artifacts
 from tailor.artifacts.artifact import Artifact
@@ -74,6 +76,7 @@ class TuneRecipe(Strict):
     base: Annotated[BaseSettings, BeforeValidator(named_base)] = BaseSettings()
     data: DataSettings
     technique: TechniqueList
+    start: str | None = Field(None, description="an artifact of the same technique: training goes on from it")
     objective: str = Field("sft", description="what is optimised")
     train: TrainSettings = TrainSettings()
     output: OutputSettings
@@ -186,6 +189,8 @@ def _prepare(recipe: TuneRecipe, base: Base | None, *, quiet: bool) -> _Prepared
     techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
     slot = base.host.attach(techniques, seed=recipe.train.seed)
     try:
+        if recipe.start is not None:
+            artifacts.start_from(slot, artifacts.find(recipe.start))
         rendering = rendering_for(recipe.data, base, slot)
         with stages(quiet) as progress:
             train, dropped = bundles_of(dataset.train, objective, rendering, techniques, progress)
@@ -247,8 +252,7 @@ def _train(prepared: _Prepared, run: Run, *, quiet: bool) -> TuneResult:
         run.set_status("running")
         try:
             _loop(prepared, run, slot_run, request, quiet=quiet)
-            finish(slot_run)
-            result = _save(prepared, run, slot_run)
+            result = _save(prepared, run, slot_run, finish(slot_run))
         except InterruptedRunError:
             run.set_status("interrupted")
             raise
@@ -315,7 +319,12 @@ def _log(run: Run, report: StepReport, slot_run: SlotRun, device: torch.device) 
     run.log(report.step, **values)
 
 
-def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None) -> TuneResult:
+def _save(
+    prepared: _Prepared,
+    run: Run | None,
+    slot_run: SlotRun | None,
+    training_state: Mapping[str, Tensor] = MappingProxyType({}),
+) -> TuneResult:
     recipe = prepared.recipe
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -342,7 +351,8 @@ def _save(prepared: _Prepared, run: Run | None, slot_run: SlotRun | None) -> Tun
             "peak_memory": peak_memory(prepared.base.device),
         }
     force = recipe.output.force or (run is not None and artifacts.made_by(recipe.output.name, run.name))
-    artifact = artifacts.save(recipe.output.name, prepared.base, prepared.slot, prepared.techniques, facts, force=force)
+    what = (recipe.output.name, prepared.base, prepared.slot, prepared.techniques, facts)
+    artifact = artifacts.save(*what, training_state=training_state, force=force)
     if recipe.output.verify:
         artifact = artifacts.update_manifest(artifact, parity=_parity(artifact, prepared))
     return TuneResult(artifact, run, prepared.dataset, prepared.base, prepared.slot, seconds)

@@ -22,6 +22,8 @@ class Full(Technique):
     traits: ClassVar[Traits] = Traits(
         trains="every weight (or a named subset)",
         where="everywhere",
+        formula="W − learning rate · AdamW(∇W)",
+        source="Howard & Ruder 2018, arXiv:1801.06146; blended instruction data: Wei et al. 2021, arXiv:2109.01652",
         frozen_base=False,
         merges=False,
         mixes=False,

@@ -59,6 +59,8 @@ class LoRA(Technique):
     traits: ClassVar[Traits] = Traits(
         trains="B·A · alpha/rank per target",
         where="linear layers",
+        formula="W x + (alpha / rank) · B A x",
+        source="Hu et al. 2021, arXiv:2106.09685, section 4.1",
         frozen_base=True,
         merges=True,
         mixes=True,

@@ -36,6 +36,8 @@ class PromptTuning(Technique):
     traits: ClassVar[Traits] = Traits(
         trains="num_virtual_tokens × hidden",
         where="embedding",
+        formula="[P; X]: rows of P stand in front of the embedded text X",
+        source="Lester et al. 2021, arXiv:2104.08691, section 2",
         frozen_base=True,
         merges=False,
         mixes=True,

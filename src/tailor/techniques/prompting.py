@@ -51,6 +51,8 @@ class Prompting(Technique):
     traits: ClassVar[Traits] = Traits(
         trains="nothing",
         where="text",
+        formula="text in, text out",
+        source="Brown et al. 2020, arXiv:2005.14165; Kojima et al. 2022, arXiv:2205.11916",
         frozen_base=True,
         merges=False,
         mixes=True,

@@ -50,11 +50,14 @@ class Defaults:
 class Traits:
     """The technique's row of the comparison table: claims, each held under test.
 
-    `rows` is the seeds' rule of thumb for how many rows it takes: (too few below, comfortable from).
+    `formula` is what it computes and `source` where that is from, for docs/techniques.md. `rows` is the seeds' rule of
+    thumb for how many rows it takes: (too few below, comfortable from).
     """
 
     trains: str
     where: str
+    formula: str
+    source: str
     frozen_base: bool
     merges: bool
     mixes: bool
@@ -66,7 +69,7 @@ class Traits:
 class Technique(Strict):
     """One customization technique. The settings object *is* the technique: `LoRA(rank=8)`.
 
-    Five methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand and
+    A few methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand and
     have no smaller form, and those that PEFT has no files for leave the last two as they are.
 
     `alternatives` are settings that a comparison with a tuning budget tries besides the defaults.
@@ -89,6 +92,10 @@ class Technique(Strict):
     @abstractmethod
     def attach(self, slot: Slot) -> None:
         """Add parameters, virtual tokens or prompt rewriting to `slot`. Raises ConfigError when nothing matches."""
+
+    def beyond_peft(self) -> str | None:
+        """What of these settings PEFT has no files for, or would load wrongly; None when it has them all."""
+        return None if self.traits.peft else f"a technique that trains {self.traits.trains} has no PEFT format"
 
     def to_peft(self, slot: Slot) -> PeftFiles:
         """The slot's share of this technique in PEFT's file layout. Raises ConfigError where PEFT has none."""

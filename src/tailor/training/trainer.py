@@ -181,8 +181,11 @@ class Trainer:
         return loss
 
 
-def finish(run: SlotRun) -> None:
-    """Put the best validated weights in place. Raises TailorError when the run diverged before any validation."""
+def finish(run: SlotRun) -> dict[str, Tensor]:
+    """Put the best validated weights in place and drop what only trains; returns the state before that was dropped.
+
+    Raises TailorError when the run diverged before any validation.
+    """
     if run.stopped == "diverged" and not run.best_state:
         raise TailorError(
             f"{run.name}: the loss or its gradient became infinite or NaN at step {run.step}; nothing was trained",
@@ -191,6 +194,7 @@ def finish(run: SlotRun) -> None:
     run.optimizer.close()
     if run.best_state:
         run.slot.load(run.best_state)
+    return run.slot.bake()
 
 
 def place(bundles: Sequence[Bundle], slot: int) -> list[Placed]:
