@@ -305,6 +305,7 @@ def _latency(first: float, token: float, prompt_tokens: float, scale: float) -> 
     completion_tokens = 5.0
     return {
         "time_to_first_token": scale * first / 1000,
+        "time_to_first_shared": scale * first / 1000,
         "seconds_per_token": scale * token / 1000,
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -102,6 +102,30 @@ def test_latency_times_what_it_says(backend: LocalBackend, monkeypatch: pytest.M
         assert json.loads(json.dumps(measured.to_dict()))["completion_tokens"] == 10.0
 
 
+def test_the_first_token_after_another_request_skips_what_both_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves by 1 s for each token of a pass."""
+    now = 0.0
+    inner = Base.hidden
+
+    def hidden(self: Base, plan: Plan, *args: Any) -> torch.Tensor:
+        nonlocal now
+        now += plan.segments[-1].end
+        return inner(self, plan, *args)
+
+    monkeypatch.setattr(Base, "hidden", hidden)
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: now)
+    base = tiny_base()
+    shots = (Shot(prompt="fox", completion="dog"), Shot(prompt="the lazy dog", completion="hello there"))
+    backend = LocalBackend(base, {"shots": base.host.attach([Prompting(system="Be quick.", examples=shots, shots=2)])})
+    questions = [(user("are you?"),), (user("over the dog"),)]
+    lengths = [len(backend.rendering("shots").prompt(q)) for q in questions]
+    found = latency(backend, ["shots"], questions, repeats=1)["shots"]
+    assert found.time_to_first_token == pytest.approx(sum(lengths) / 2)
+    assert found.time_to_first_shared is not None
+    own = [len(backend.rendering(None).prompt(q)) for q in questions]
+    assert found.time_to_first_shared <= max(own) < min(lengths)
+
+
 def test_names_take_turns_and_no_answer_stops_early() -> None:
     base = tiny_base()
     stop = base.renderer.stop[0]
@@ -111,9 +135,10 @@ def test_names_take_turns_and_no_answer_stops_early() -> None:
     with passes() as seen:
         latency(backend, [None, "lora"], PROMPTS, max_new_tokens=4, repeats=2)
     lora = backend.slots["lora"].number
-    # single requests: 4 passes each, the plain base's before lora's, prompt by prompt; then both batches
-    repeat = [[0], [lora]] * 3 + [[0] * 3, [lora] * 3]
-    expected = [slots for slots in repeat * 2 for _ in range(4)]
+    # single requests: 4 passes each and 2 with another before, the plain base's before lora's, prompt by prompt; then
+    # both batches
+    single, batches = [[0]] * 6 + [[lora]] * 6, [[0] * 3] * 4 + [[lora] * 3] * 4
+    expected = (single * 3 + batches) * 2
     assert [[segment.slot for segment in plan.segments] for plan in seen[4:]] == expected
     assert [plan.spans[0].slot for plan in seen[:4]] == [0, 0, lora, lora]
 

@@ -8,7 +8,7 @@ with its number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tailor.evaluation.scoreboard import Scoreboard
@@ -161,7 +161,12 @@ def _parameters(row: Row, found: _Measured) -> _Finding:
 
 def _latency(row: Row, found: _Measured) -> _Finding:
     keys = {"time_to_first_token": "to the first token", "seconds_per_token": "per token"}
-    return _extra(row, keys, "time")
+    found = _extra(row, keys, "time")
+    shared = ((row["inference"] or {}).get("ratio") or {}).get("time_to_first_shared")
+    if shared is None or found.measured is None:
+        return found
+    text = f"{found.measured}; once what requests begin with is computed, {shared:.2f} × to the first token"
+    return replace(found, measured=text)
 
 
 def _computation(row: Row, found: _Measured) -> _Finding:

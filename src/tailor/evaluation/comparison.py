@@ -36,6 +36,7 @@ DESCRIPTIONS = {
 }
 _RATIOS = (
     "time_to_first_token",
+    "time_to_first_shared",
     "seconds_per_token",
     "prompt_tokens",
     "seconds_per_request",

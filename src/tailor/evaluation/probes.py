@@ -23,6 +23,7 @@ from tailor.evaluation.passes import finite
 from tailor.inference.backend import SamplingParams
 from tailor.inference.engine import Engine, Running
 from tailor.inference.local import LocalBackend
+from tailor.inference.prefix_cache import PrefixCache
 from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.text.messages import Message
@@ -45,11 +46,13 @@ GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
 class Latency:
     """Speed of one customization: seconds, tokens as the base sees them (means), floating-point operations.
 
-    The first two are medians of requests that run alone; `seconds_per_request` is that of `num_requests` requests
-    which run together. Every request gets `completion_tokens` new tokens, whatever it says.
+    The first three are medians of requests that run alone, `time_to_first_shared` of those that follow another one:
+    what both begin with (shots, virtual tokens) is computed already. `seconds_per_request` is that of `num_requests`
+    requests which run together, each computed in full. Every request gets `completion_tokens` new tokens.
     """
 
     time_to_first_token: float
+    time_to_first_shared: float | None
     seconds_per_token: float
     prompt_tokens: float
     completion_tokens: float
@@ -85,14 +88,17 @@ def latency(
     for target in targets.values():
         _answer_one(*target, asked[0], 2)  # the first passes of a process are slow
     firsts: dict[str | None, list[float]] = {name: [] for name in targets}
+    shared: dict[str | None, list[float]] = {name: [] for name in targets}
     furthers: dict[str | None, list[float]] = {name: [] for name in targets}
     together: dict[str | None, list[float]] = {name: [] for name in targets}
     for _ in range(repeats):
-        for prompt in single:
+        for number, prompt in enumerate(single):
             for name, target in targets.items():
                 first, further = _answer_one(*target, prompt, min(max_new_tokens, SINGLE_TOKENS))
                 firsts[name].append(first)
                 furthers[name] += further
+                if len(single) > 1:
+                    shared[name].append(_answer_one(*target, prompt, 1, single[number - 1])[0])
         for name, target in targets.items():
             together[name].append(_answer_all(*target, asked, max_new_tokens))
     found = {}
@@ -101,6 +107,7 @@ def latency(
         slot = own.slot(customization)
         found[name] = Latency(
             time_to_first_token=median(firsts[name]),
+            time_to_first_shared=median(shared[name]) if shared[name] else None,
             seconds_per_token=median(furthers[name]),
             prompt_tokens=fmean(lengths),
             completion_tokens=float(max_new_tokens),
@@ -347,14 +354,25 @@ def _together(
 ) -> list[Running]:
     """Answers that never stop early; all requests are in every pass, from the first to the last."""
     sequences = [_sequence(backend, name, prompt, max_new_tokens) for name, prompt in requests]
-    Engine(backend.base, (), len(sequences), sum(len(s.prompt_ids) for s in sequences)).run(sequences)
+    room = sum(len(s.prompt_ids) for s in sequences)
+    Engine(backend.base, (), len(sequences), room, PrefixCache(0)).run(sequences)
     return sequences
 
 
 def _answer_one(
-    backend: LocalBackend, name: str | None, prompt: Sequence[Message], num_tokens: int
+    backend: LocalBackend,
+    name: str | None,
+    prompt: Sequence[Message],
+    num_tokens: int,
+    earlier: Sequence[Message] | None = None,
 ) -> tuple[float, list[float]]:
-    """Seconds to the first token of a request that runs alone, and from each token to the next."""
+    """Seconds to the first token of a request that runs alone, and from each token to the next.
+
+    With `earlier`, another prompt was answered before, and what both begin with is known.
+    """
+    engine = Engine(backend.base, (), prefixes=PrefixCache(0) if earlier is None else PrefixCache())
+    if earlier is not None:
+        engine.run([_sequence(backend, name, earlier, 1)])
     times = [time.perf_counter()]
 
     def goes_on(_: Sequence[int]) -> bool:  # asked after every token
@@ -363,7 +381,7 @@ def _answer_one(
 
     sequence = _sequence(backend, name, prompt, num_tokens)
     sequence.ended = goes_on
-    Engine(backend.base, ()).run([sequence])
+    engine.run([sequence])
     first, *further = (after - before for before, after in itertools.pairwise(times))
     return first, further
 
@@ -372,5 +390,6 @@ def _answer_all(backend: LocalBackend, name: str | None, prompts: Prompts, num_t
     """Seconds for all requests, batched as they are served."""
     start = time.perf_counter()
     sequences = [_sequence(backend, name, prompt, num_tokens) for prompt in prompts]
-    Engine(backend.base, (), backend.engine.max_sequences, backend.engine.tokens_per_pass).run(sequences)
+    limits = backend.engine.max_sequences, backend.engine.tokens_per_pass
+    Engine(backend.base, (), *limits, PrefixCache(0)).run(sequences)
     return time.perf_counter() - start

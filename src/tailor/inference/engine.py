@@ -15,6 +15,7 @@ from torch import Tensor
 from tailor.data.packing import Segment
 from tailor.errors import DataError, ResourceError
 from tailor.inference.backend import FinishReason, SamplingParams
+from tailor.inference.prefix_cache import MIN_KEPT, PrefixCache, common_beginning
 from tailor.inference.sampling import choose
 from tailor.models.attention import KVCache
 from tailor.models.base import Base
@@ -23,7 +24,10 @@ from tailor.models.plan import Plan
 
 @dataclass(eq=False)
 class Running:
-    """One sequence: its prompt, what has been sampled so far, and its keys and values."""
+    """One sequence: its prompt, what has been sampled so far, and its keys and values.
+
+    `num_cached` tokens of the prompt were computed for another request before.
+    """
 
     prompt_ids: Sequence[int]
     slot: int
@@ -33,6 +37,7 @@ class Running:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cache: KVCache = field(default_factory=KVCache)
+    num_cached: int = 0
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,15 +46,24 @@ class Running:
     @property
     def pending(self) -> Sequence[int]:
         """Tokens the cache has not seen: the prompt at first, then the last sampled token."""
-        return self.token_ids[-1:] or self.prompt_ids
+        return self.token_ids[-1:] or self.prompt_ids[self.num_cached :]
 
 
 class Engine:
-    """Runs sequences to their end. `max_sequences` run at once; a pass prefills at most `tokens_per_pass` tokens."""
+    """Runs sequences to their end. `max_sequences` run at once; a pass prefills at most `tokens_per_pass` tokens.
+
+    What prompts begin with in common is computed once and kept in `prefixes`.
+    """
 
     def __init__(
-        self, base: Base, stop_ids: Sequence[int], max_sequences: int = 64, tokens_per_pass: int = 4096
+        self,
+        base: Base,
+        stop_ids: Sequence[int],
+        max_sequences: int = 64,
+        tokens_per_pass: int = 4096,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        self.prefixes = PrefixCache() if prefixes is None else prefixes
         self.base = base
         self.stop_ids = frozenset(stop_ids)
         self.max_sequences = max_sequences
@@ -81,12 +95,40 @@ class Engine:
                 entering.append(waiting.pop())
                 room -= size
             if entering:
-                self._advance(entering)
+                self._enter(entering)
             else:
                 self._advance(active)
             active = [s for s in active + entering if s.finish_reason is None]
             if progress is not None:
                 progress(len(sequences) - len(waiting) - len(active))
+
+    def _enter(self, sequences: list[Running]) -> None:
+        """Prefill. Of several that begin alike and with nothing known, one goes first and the others use its work."""
+        leaders, followers = self._leaders(sequences)
+        for group in (leaders, followers):
+            for sequence in group:
+                slot = self.base.host.slots.get(sequence.slot)
+                sequence.cache = self.prefixes.begin(slot, sequence.prompt_ids)
+                sequence.num_cached = sequence.cache.length
+            if group:
+                kept = {id(s): s.cache for s in group}
+                self._advance(group)
+            for sequence in group:
+                if sequence.num_cached < len(sequence.prompt_ids) // 2 or group is leaders:
+                    slot = self.base.host.slots.get(sequence.slot)
+                    self.prefixes.keep(slot, sequence.prompt_ids, kept[id(sequence)])
+
+    def _leaders(self, sequences: list[Running]) -> tuple[list[Running], list[Running]]:
+        """Those that must be computed in full, and those that can wait for one of them."""
+        leaders: list[Running] = []
+        followers: list[Running] = []
+        for sequence in sequences:
+            slot = self.base.host.slots.get(sequence.slot)
+            known = self.prefixes.longest(slot, sequence.prompt_ids)
+            shared = [common_beginning(o.prompt_ids, sequence.prompt_ids) for o in leaders if o.slot == sequence.slot]
+            waits = self.prefixes.max_bytes > 0 and max(shared, default=0) >= max(MIN_KEPT, known + MIN_KEPT)
+            (followers if waits else leaders).append(sequence)
+        return leaders, followers
 
     def _advance(self, sequences: list[Running]) -> None:
         """One pass: the sequences' pending tokens in, one more token each out."""

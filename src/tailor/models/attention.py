@@ -46,6 +46,26 @@ class KVCache:
             self.num_prefix = key.shape[2]
             self.append(layer, key, value)
 
+    def layers(self) -> Tensor:
+        """(L, 2, G, S, D): the keys and values of all that is stored, the prefix included."""
+        kept = [(self._keys[k][0, :, :end], self._values[k][0, :, :end]) for k, end in sorted(self._lengths.items())]
+        return torch.stack([torch.stack(pair) for pair in kept])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(t.nbytes for kept in (self._keys, self._values) for t in kept.values())
+
+    def fork(self, length: int) -> KVCache:
+        """A copy of the first `length` tokens, with the prefix before them."""
+        end = length + self.num_prefix
+        copy = KVCache()
+        copy.num_prefix = self.num_prefix
+        copy._keys = {layer: keys[:, :, :end].clone() for layer, keys in self._keys.items()}
+        copy._values = {layer: values[:, :, :end].clone() for layer, values in self._values.items()}
+        copy._lengths = dict.fromkeys(self._lengths, end)
+        return copy
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v of shape (1, G, t, D) of new tokens and return those of the whole sequence so far."""
         length = self._lengths.get(layer, 0)

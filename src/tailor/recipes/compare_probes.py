@@ -20,7 +20,7 @@ from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, dtype_name, load_base
 from tailor.models.slots import Slot
 from tailor.recipes.compare_cells import Comparison, takes_its_row
-from tailor.recipes.tune import BaseSettings
+from tailor.recipes.tune_settings import BaseSettings
 from tailor.store import write_json
 from tailor.text.messages import Message
 
@@ -32,6 +32,8 @@ MERGED = "merged"
 
 NUM_TOKENS = 16
 """New tokens of each request that is timed."""
+
+SHARED = "time_to_first_shared"
 
 Prompts = Sequence[tuple[Message, ...]]
 
@@ -182,7 +184,9 @@ def _paired(
     """
     timed = latency(own, [name], prompts, models={"base": plain}, max_new_tokens=NUM_TOKENS)
     now, then, before = timed[name].to_dict(), timed["base"].to_dict(), found["latency"]["base"]
-    scaled = ("time_to_first_token", "seconds_per_token", "seconds_per_request")
+    scaled: tuple[str, ...] = ("time_to_first_token", "seconds_per_token", "seconds_per_request")
+    if None not in (now[SHARED], then[SHARED], before[SHARED]):
+        scaled = (*scaled, SHARED)
     return {**now, **{key: now[key] / then[key] * before[key] for key in scaled}}
 
 

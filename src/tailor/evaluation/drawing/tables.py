@@ -332,6 +332,11 @@ _TRAINING = (
 )
 _SERVING = (
     _measure("First token", f"wait until an answer begins; {_MULTIPLE}", _served("time_to_first_token", q.duration)),
+    _measure(
+        "First token, shared",
+        "the same wait when another request came before: what both begin with (shots, virtual tokens) is computed once",
+        _served("time_to_first_shared", q.duration),
+    ),
     _measure("Each token", "time for every further token (piece of text)", _served("seconds_per_token", q.duration)),
     _measure("Prompt tokens", "what the model reads per request", _served("prompt_tokens", q.number)),
     _measure("Answer tokens", "what it writes per request", _served("completion_tokens", q.number)),
