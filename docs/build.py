@@ -73,7 +73,19 @@ def techniques_page() -> str:
         "\n".join(_defaults_table(TECHNIQUES)),
     ]
     for name, technique in TECHNIQUES.items():
-        parts += [f"## {name}", inspect.getdoc(technique) or "", "\n".join(_settings_table(technique))]
+        formula = f"```text\n{technique.traits.formula}\n```"
+        tables = ["\n".join(table(technique)) for table in (_facts_table, _settings_table)]
+        parts += [f"## {name}", inspect.getdoc(technique) or "", formula, *tables]
+    parts += [
+        "## Several at once",
+        "A list is one customization: `technique: [adapter, p_tuning]` in a recipe, `-t adapter+p_tuning` on the "
+        "command line, where settings are told apart by position: `technique.0.bottleneck_size=16`.",
+        "## NeMo's `peft` block",
+        "NeMo's YAML block runs as it stands, at a recipe's top or in `model`. Each key of the scheme that is selected "
+        "becomes a setting of ours; one that is not given, or null, has NeMo's own value. Layers are counted from 1 "
+        "there and from 0 here. `restore_from_path` names an artifact (`start`).",
+        "\n".join(_nemo_table()),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,6 +114,55 @@ def _defaults_table(techniques: Mapping[str, Any]) -> list[str]:
             rate = f"{d.learning_rate:g}" + (" × the embeddings' RMS" if d.per_embedding_rms else "")
             sizes = ", ".join(str(d.batch_size(num_rows)) for num_rows in (300, 5_000, 50_000))
             lines.append(f"| {name} | {rate} | {passes} | {d.min_steps}, {d.max_steps} | {sizes} |")
+    return lines
+
+
+def _facts_table(technique: Any) -> list[str]:
+    """What a technique says of itself beyond the first table, and how it is asked for."""
+    t, name = technique.traits, technique.model_fields["type"].default
+    recipe, command = example_lines(technique)
+    peft = " or ".join(f"`{kind}`" for kind in technique.peft_types) or "none"
+    rows = {
+        "trains": t.trains,
+        "where": t.where,
+        "source": t.source,
+        "PEFT file type": peft,
+        "in a recipe": f"`{recipe}`",
+        "on the command line": f"`{command}`",
+        "alternatives tried with a tuning budget": ", ".join(f"`{_yaml(a)}`" for a in technique.alternatives),
+    }
+    return [f"| {name} | |", "|---|---|", *(f"| {key} | {_cell(text)} |" for key, text in rows.items() if text)]
+
+
+def example_lines(technique: Any) -> tuple[str, str]:
+    """A technique in a recipe and on the command line, with its first setting that has a number as it is by default."""
+    name = technique.model_fields["type"].default
+    numbers = (
+        (key, setting.default)
+        for key, setting in technique.model_fields.items()
+        if isinstance(setting.default, int | float) and not isinstance(setting.default, bool)
+    )
+    given = dict([first]) if (first := next(numbers, None)) else {}
+    recipe = f"technique: {_yaml({'type': name, **given}) if given else name}"
+    overrides = [f" technique.{key}={_yaml(value)}" for key, value in given.items()]
+    return recipe, f"tailor tune rows.jsonl -t {name}{''.join(overrides)}"
+
+
+def _nemo_table() -> list[str]:
+    """The alias table of NeMo's block: its schemes, its keys, and what a key is when it is not given."""
+    from tailor.recipes.nemo import BLOCKS, SCHEMES
+
+    lines = ["| NeMo | here | when not given |", "|---|---|---|"]
+    for scheme, names in SCHEMES.items():
+        ours = [BLOCKS[name].technique for name in names] or ["full"]
+        lines.append(f"| `peft_scheme: {_yaml(scheme)}` | `technique: {_yaml(ours if len(ours) > 1 else ours[0])}` | |")
+    for name, block in BLOCKS.items():
+        fixed = f", with `{_yaml(block.fixed)}`" if block.fixed else ""
+        lines.append(f"| `{name}` | `{block.technique}`{fixed} | |")
+        for key, known in block.keys.items():
+            setting = f"`{known.ours}`" if known.ours else "no setting, only checked"
+            default = f" `{_yaml(known.default)}`" if known.default is not None else ""
+            lines.append(f"| `{name}.{key}` | {setting} |{f' as `{known.like}`' if known.like else default} |")
     return lines
 
 
@@ -238,6 +299,8 @@ def _yes(flag: bool) -> str:
 def _yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_yaml(item)}' for key, item in value.items())}}}"
     return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, tuple | list) else str(value)
 
 
