@@ -224,7 +224,7 @@ def estimate_run(recipe: dict[str, Any], home: str) -> dict[str, Any]:
     """What `tailor plan` says."""
     os.environ["TAILOR_HOME"] = home
     from tailor.recipes.plan import plan
-    from tailor.recipes.tune import TuneRecipe
+    from tailor.recipes.tune_settings import TuneRecipe
 
     found = plan(TuneRecipe(**recipe)).to_dict()
     peaks = {moment["name"]: moment["bytes"] for moment in found["memory"]["moments"]}
@@ -235,7 +235,8 @@ def estimate_run(recipe: dict[str, Any], home: str) -> dict[str, Any]:
 def run_run(recipe: dict[str, Any], home: str) -> dict[str, Any]:
     """What `tailor tune` takes: memory until the artifact is saved and to the end, seconds as it reports them."""
     os.environ["TAILOR_HOME"] = home
-    from tailor.recipes.tune import TuneRecipe, tune
+    from tailor.recipes.tune import tune
+    from tailor.recipes.tune_settings import TuneRecipe
     from tailor.training.progress import peak_memory
 
     metrics = tune(TuneRecipe(**recipe), quiet=True).artifact.manifest["metrics"]

@@ -16,12 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-from tailor.data.examples import Rendering, make_examples
+from tailor.data.examples import make_examples
 from tailor.data.readers import read_records
 from tailor.data.records import Record
 from tailor.models.base import load_base
 from tailor.objectives import SFT
 from tailor.techniques import Full, LoRA, PromptTuning, Technique
+from tailor.techniques.adapter import Adapter
+from tailor.techniques.ia3 import IA3
+from tailor.techniques.p_tuning import PTuning
+from tailor.techniques.prefix_tuning import PrefixTuning
 from tailor.training.settings import TrainSettings, resolve_settings
 from tailor.training.trainer import SlotRun, Trainer
 
@@ -32,10 +36,17 @@ TEXT = {
 GRID: list[tuple[str, Technique, tuple[float, ...], int]] = [
     ("lora all-linear", LoRA(), (1e-3, 3e-3), 120),
     ("lora query-value", LoRA(target_modules="query-value"), (1e-2,), 120),
+    ("adapter", Adapter(), (1e-3, 3e-3, 1e-2), 120),
+    ("ia3", IA3(), (3e-2, 1e-1, 3e-1), 120),
     ("full", Full(), (2e-4, 5e-4), 120),
     ("prompt_tuning vocab", PromptTuning(), (0.1, 0.3), 240),
     ("prompt_tuning random", PromptTuning(init="random"), (0.1,), 240),
     ("prompt_tuning text", PromptTuning(init="text", init_text="TEXT"), (0.1,), 240),
+    ("p_tuning mlp", PTuning(), (3e-3, 1e-2, 3e-2), 100),
+    ("p_tuning lstm", PTuning(encoder="lstm"), (3e-3, 1e-2), 100),
+    ("prefix_tuning vocab", PrefixTuning(), (3e-2, 1e-1, 3e-1), 100),
+    ("prefix_tuning random", PrefixTuning(init="random"), (1e-1,), 100),
+    ("prefix_tuning reparametrised", PrefixTuning(reparametrisation=True), (1e-1, 3e-1), 100),
 ]
 
 
@@ -60,7 +71,7 @@ def measure(
     """One run on a fresh base; the validation loss every tenth of it."""
     base = load_base()
     slot = base.host.attach([technique], seed=0)
-    rendering = Rendering(base.renderer, base.max_seq_len, slot.virtual_ids, slot.compose)
+    rendering = base.rendering(slot)
     settings = TrainSettings(learning_rate=learning_rate, num_steps=num_steps, patience=None)
     examples, held_out = make_examples(train, rendering)[0], make_examples(validation, rendering)[0]
     assert technique.traits.defaults is not None

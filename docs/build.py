@@ -73,9 +73,9 @@ def techniques_page() -> str:
         "\n".join(_defaults_table(TECHNIQUES)),
     ]
     for name, technique in TECHNIQUES.items():
-        formula = f"```text\n{technique.traits.formula}\n```"
+        formula = re.sub(r"; (?![^\[]*\])", "\n", technique.traits.formula)  # a line for each variant
         tables = ["\n".join(table(technique)) for table in (_facts_table, _settings_table)]
-        parts += [f"## {name}", inspect.getdoc(technique) or "", formula, *tables]
+        parts += [f"## {name}", inspect.getdoc(technique) or "", f"```text\n{formula}\n```", *tables]
     parts += [
         "## Several at once",
         "A list is one customization: `technique: [adapter, p_tuning]` in a recipe, `-t adapter+p_tuning` on the "
@@ -170,7 +170,9 @@ def _settings_table(technique: Any) -> list[str]:
     lines = ["| setting | default | |", "|---|---|---|"]
     for key, setting in technique.model_fields.items():
         if key != "type":
-            default = "required" if setting.is_required() else f"`{_yaml(setting.default)}`"
+            default = (
+                "required" if setting.is_required() else f"`{_yaml(setting.get_default(call_default_factory=True))}`"
+            )
             lines.append(f"| `{key}` | {default} | {_cell(setting.description or '')} |")
     return lines
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailor.data.examples import Example, Rendering
+from tailor.data.examples import Example
 from tailor.data.packing import Batch, Placed, pack
 from tailor.data.records import PromptCompletion
 from tailor.models.base import Base
@@ -22,10 +22,16 @@ from tailor.models.slots import BASE_SLOT, Slot
 from tailor.objectives.objective import scored_by_slot
 from tailor.objectives.sft import SFT
 from tailor.techniques import TECHNIQUES
+from tailor.techniques.adapter import Adapter
 from tailor.techniques.full import Full
+from tailor.techniques.ia3 import IA3
 from tailor.techniques.lora import LoRA
+from tailor.techniques.new_tokens import NewTokens
+from tailor.techniques.p_tuning import PTuning
+from tailor.techniques.prefix_tuning import PrefixTuning
 from tailor.techniques.prompt_tuning import PromptTuning
 from tailor.techniques.prompting import Prompting, Shot
+from tailor.techniques.technique import Technique, Traits
 from tailor.training.settings import TrainSettings, resolve_settings
 from tailor.training.trainer import SlotRun
 from tiny_models import tiny_base
@@ -35,23 +41,81 @@ CASES: dict[str, Any] = {
         system="Be quick.", template="Q: {prompt}", shots=1, examples=(Shot(prompt="fox", completion="dog"),)
     ),
     "prompt_tuning": PromptTuning(num_virtual_tokens=3),
+    "p_tuning": PTuning(num_virtual_tokens=4, encoder_hidden=12, condition="fox"),
+    "prefix_tuning": PrefixTuning(num_virtual_tokens=4),
+    "adapter": Adapter(bottleneck_size=3),
+    "ia3": IA3(),
     "lora": LoRA(rank=2, alpha=4.0),
+    # as many as take all the padding rows of the tiny models' embeddings, and more
+    "new_tokens": NewTokens(tokens=("fox", "dog", "quick", "brown", "lazy", "there", *(f"<{k}>" for k in range(9)))),
     "full": Full(),
 }
 # more of the same kinds, with other sizes, for batches in which every row belongs to somebody else
 VARIANTS: dict[str, Any] = {
     "prompt_tuning/5": PromptTuning(num_virtual_tokens=5, init="random"),
+    "prompt_tuning/markers": PromptTuning(
+        num_virtual_tokens=5,
+        template={
+            "prompt_template": "over <|VIRTUAL_PROMPT_1|> the {prompt}<|VIRTUAL_PROMPT_0|>{completion}",
+            "virtual_token_splits": (2, 3),
+        },
+    ),
+    "p_tuning/lstm": PTuning(num_virtual_tokens=2, encoder="lstm", encoder_hidden=6, dropout=0.2),
+    "p_tuning/embedding": PTuning(num_virtual_tokens=6, encoder="embedding"),
+    "prefix_tuning/reparametrised": PrefixTuning(
+        num_virtual_tokens=2, reparametrisation=True, encoder_hidden=12, init="text", init_text="the quick fox"
+    ),
     "lora/qv": LoRA(rank=3, alpha=3.0, dropout=0.2, target_modules="query-value", target_layers=(0, 2)),
+    "lora/rslora": LoRA(rank=4, alpha=3.0, rslora=True, dropout=0.1),
+    "lora/dora": LoRA(rank=2, alpha=4.0, dora=True),
+    "lora/pissa": LoRA(rank=2, alpha=3.0, init="pissa"),
+    "lora/patterns": LoRA(
+        rank=2,
+        alpha=3.0,
+        init_a="gaussian",
+        lora_plus_ratio=4.0,
+        rank_pattern={"*.1.*": 3},
+        alpha_pattern={"*.0.*": 1.0},
+        exclude_modules=("*.2.*",),
+    ),
+    "adapter/parallel": Adapter(
+        bottleneck_size=2, form="parallel", norm="none", activation="relu", scale=4.0, bias=True
+    ),
+    "adapter/post": Adapter(bottleneck_size=4, norm="post", dropout=0.2, blocks=("mlp",), target_layers=(1, 2)),
+    "adapter/tied": Adapter(bottleneck_size=2, weight_tying=True, activation="gelu"),
+    "new_tokens/mean": NewTokens(tokens=("quick", "<sku>", "lazy", "brown", "there"), init="mean"),
+    "ia3/modules": IA3(target_modules=("*.1.*", "*.2.*"), feedforward_modules=("*.2.*",)),
 }
+
+
+def instance(name: str) -> Technique:
+    """The technique that is called so in CASES or VARIANTS."""
+    assert name in CASES or name in VARIANTS, f"add an instance of {name!r} to CASES in tests/technique_cases.py"
+    return (CASES | VARIANTS)[name]  # type: ignore[no-any-return]
+
+
+def traits(name: str) -> Traits:
+    """The traits of a technique or a variant of it (kind/what is different)."""
+    return TECHNIQUES[name.partition("/")[0]].traits
+
 
 Subject = tuple[str, ...]
 """The names of the techniques that are attached together as one slot."""
 
 SINGLES: list[Subject] = [(name,) for name in TECHNIQUES]
-PAIRS: list[Subject] = [
-    pair for pair in itertools.combinations(TECHNIQUES, 2) if all(TECHNIQUES[name].traits.mixes for name in pair)
+EXCLUSIVE: list[Subject] = [
+    pair
+    for pair in itertools.combinations(TECHNIQUES, 2)
+    if all(TECHNIQUES[name].traits.where == "embedding" for name in pair)
 ]
-TRAINED = [s for s in SINGLES + PAIRS if any(TECHNIQUES[name].traits.defaults for name in s)]
+"""Two that both put virtual tokens in front."""
+PAIRS: list[Subject] = [
+    pair
+    for pair in itertools.combinations(TECHNIQUES, 2)
+    if all(TECHNIQUES[name].traits.mixes for name in pair) and pair not in EXCLUSIVE
+]
+VARIED: list[Subject] = [(name,) for name in VARIANTS]
+TRAINED = [s for s in SINGLES + PAIRS + VARIED if any(traits(name).defaults for name in s)]
 MIXED = [s for s in SINGLES + PAIRS if all(TECHNIQUES[name].traits.mixes for name in s)]
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "hello", "there", "how", "are", "you"]
@@ -64,10 +128,7 @@ def label(subject: Subject) -> str:
 
 def attach(base: Base, subject: Subject, seed: int = 1, noise: float = 0.05) -> Slot:
     """A slot with the subject's techniques, moved away from its start (where LoRA is the base) by `noise`."""
-    instances = CASES | VARIANTS
-    missing = [name for name in subject if name not in instances]
-    assert not missing, f"add an instance of {missing[0]!r} to CASES in tests/technique_cases.py"
-    slot = base.host.attach([instances[name] for name in subject], seed=seed)
+    slot = base.host.attach([instance(name) for name in subject], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in slot.parameters.values():
@@ -89,9 +150,7 @@ def records(task: int, num: int = 6) -> list[PromptCompletion]:
 
 def examples(base: Base, slot: Slot | None, task: int, num: int = 6) -> list[Example]:
     """The rows as this slot sees them: rewritten by its prompting, behind its virtual tokens."""
-    ids, compose = (slot.virtual_ids, slot.compose) if slot else ((), None)
-    rendering = Rendering(base.renderer, base.max_seq_len, ids, compose)
-    found = [rendering.example(record) for record in records(task, num)]
+    found = [base.rendering(slot).example(record) for record in records(task, num)]
     return [example for example in found if example is not None]
 
 
@@ -108,8 +167,11 @@ def logits_by_row(base: Base, batch: Batch) -> dict[tuple[int, int], Tensor]:
     """(slot, index) → the (t, V) logits of that sequence's own tokens."""
     plan = Plan.of_batch(batch)
     with torch.no_grad(), base.host.run(plan):
-        logits = base.head.logits(base.hidden(plan, batch.input_ids, batch.position_ids))
-    return {(s.slot, s.index): logits[s.start : s.end] for s in batch.segments if s.index >= 0}
+        hidden = base.hidden(plan, batch.input_ids, batch.position_ids)
+        logits = base.logits_at(plan, hidden, torch.arange(batch.num_tokens))
+    # a slot's own words are columns that others do not have
+    widths = {s.slot: base.head_of(s.slot).num_logits for s in batch.segments}
+    return {(s.slot, s.index): logits[s.start : s.end, : widths[s.slot]] for s in batch.segments if s.index >= 0}
 
 
 def losses_and_gradients(

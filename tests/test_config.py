@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BeforeValidator, Field, field_validator
 
-from tailor.config import Strict, dump_yaml, load_recipe, write_resolved
+from tailor.config import Strict, Translated, dump_yaml, load_recipe, write_resolved
 from tailor.errors import ConfigError, NotFoundError
 
 
@@ -350,3 +350,36 @@ def test_dump_is_inverse_of_load(value: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = recipe(Path(folder), dump_yaml({"value": value}))
         assert load_recipe(path, Anything).recipe.value == value
+
+
+class Foreign(Strict):
+    """Reads `theirs: {deep: 3}` as `ours: 3`."""
+
+    ours: int = 0
+
+    @classmethod
+    def translate(cls, data: dict[str, Any]) -> Translated:
+        if "theirs" not in data:
+            return Translated(data)
+        other = {key: value for key, value in data.items() if key != "theirs"}
+        unknown = [key for key in data["theirs"] if key != "deep"]
+        return Translated(
+            {**other, "ours": data["theirs"].get("deep")},
+            {("ours",): ("theirs", "deep")},
+            tuple((("theirs", key), "not read") for key in unknown),
+        )
+
+
+def test_another_projects_words_are_ours_and_keep_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("theirs:\n  deep: 3\n")
+    assert load_recipe(path, Foreign).recipe == Foreign(ours=3)
+    assert load_recipe(path, Foreign, ["theirs.deep=4"]).recipe == Foreign(ours=4)
+    path.write_text("theirs:\n\n  deep: x\n  flat: 1\nour: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, Foreign)
+    assert str(caught.value).splitlines() == [
+        f"{path}:3: theirs.deep: wants a whole number, got 'x'",
+        f"{path}:4: theirs.flat: not read",
+        f"{path}:5: our: unknown setting (did you mean 'ours'? choices: ours)",
+    ]

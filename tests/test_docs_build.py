@@ -122,7 +122,21 @@ def test_the_techniques_page_follows_the_registry(build: ModuleType) -> None:
         assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
             k for k in technique.model_fields if k != "type"
         ]
+        assert f"| source | {technique.traits.source} |" in section
+        assert f"| in a recipe | `{build.example_lines(technique)[0]}` |" in section
+        assert technique.traits.formula.split(";")[0] in section
     assert "| `rank` | `16` | rank of the update: its capacity and its size |" in page
+
+
+def test_the_techniques_page_lists_the_names_that_nemo_has(build: ModuleType) -> None:
+    from tailor.recipes.nemo import BLOCKS
+
+    page = build.techniques_page()
+    for name, block in BLOCKS.items():
+        assert all(f"| `{name}.{key}` | " in page for key in block.keys)
+    assert "| `peft_scheme: adapter_and_ptuning` | `technique: [adapter, p_tuning]` | |" in page
+    assert "| `lora_tuning.adapter_dim` | `rank` | `32` |" in page
+    assert "| `lora_tuning.alpha` | `alpha` | as `adapter_dim` |" in page
 
 
 def test_the_exit_codes_are_those_of_the_errors(build: ModuleType) -> None:

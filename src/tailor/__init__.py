@@ -21,11 +21,20 @@ if TYPE_CHECKING:
     from tailor.recipes.evaluate import evaluate
     from tailor.recipes.plan import plan
     from tailor.recipes.recommend import recommend
-    from tailor.recipes.tune import TuneRecipe, resume, tune
+    from tailor.recipes.sweep import sweep
+    from tailor.recipes.sweep_settings import SweepRecipe
+    from tailor.recipes.tune import resume, tune
+    from tailor.recipes.tune_settings import TuneRecipe
+    from tailor.recipes.tune_together import resume_many, tune_many
     from tailor.recipes.verify import verify
     from tailor.techniques import TECHNIQUES
+    from tailor.techniques.adapter import Adapter
     from tailor.techniques.full import Full
+    from tailor.techniques.ia3 import IA3
     from tailor.techniques.lora import LoRA
+    from tailor.techniques.new_tokens import NewTokens
+    from tailor.techniques.p_tuning import PTuning
+    from tailor.techniques.prefix_tuning import PrefixTuning
     from tailor.techniques.prompt_tuning import PromptTuning
     from tailor.techniques.prompting import Prompting
     from tailor.text.messages import Message
@@ -33,15 +42,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "CompareRecipe",
     "Full",
+    "IA3",
     "LoRA",
     "Message",
+    "NewTokens",
     "OBJECTIVES",
+    "PTuning",
+    "PrefixTuning",
     "PromptTuning",
     "Prompting",
     "SamplingParams",
     "ScriptedBackend",
+    "SweepRecipe",
     "TECHNIQUES",
     "TailorError",
     "TuneRecipe",
@@ -53,23 +68,32 @@ __all__ = [
     "read_records",
     "recommend",
     "resume",
+    "resume_many",
+    "sweep",
     "tune",
+    "tune_many",
     "verify",
 ]
 
 _HOMES = {
+    "Adapter": "tailor.techniques.adapter",
     "CompareRecipe": "tailor.recipes.compare_settings",
     "Full": "tailor.techniques.full",
+    "IA3": "tailor.techniques.ia3",
     "LoRA": "tailor.techniques.lora",
     "Message": "tailor.text.messages",
+    "NewTokens": "tailor.techniques.new_tokens",
     "OBJECTIVES": "tailor.objectives",
+    "PTuning": "tailor.techniques.p_tuning",
+    "PrefixTuning": "tailor.techniques.prefix_tuning",
     "PromptTuning": "tailor.techniques.prompt_tuning",
     "Prompting": "tailor.techniques.prompting",
     "SamplingParams": "tailor.inference.backend",
     "ScriptedBackend": "tailor.inference.scripted",
+    "SweepRecipe": "tailor.recipes.sweep_settings",
     "TECHNIQUES": "tailor.techniques",
     "TailorError": "tailor.errors",
-    "TuneRecipe": "tailor.recipes.tune",
+    "TuneRecipe": "tailor.recipes.tune_settings",
     "compare": "tailor.recipes.compare",
     "evaluate": "tailor.recipes.evaluate",
     "load": "tailor.inference.load",
@@ -78,7 +102,10 @@ _HOMES = {
     "read_records": "tailor.data.readers",
     "recommend": "tailor.recipes.recommend",
     "resume": "tailor.recipes.tune",
+    "resume_many": "tailor.recipes.tune_together",
+    "sweep": "tailor.recipes.sweep",
     "tune": "tailor.recipes.tune",
+    "tune_many": "tailor.recipes.tune_together",
     "verify": "tailor.recipes.verify",
 }
 

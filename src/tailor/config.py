@@ -47,6 +47,25 @@ class Strict(_Model):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @classmethod
+    def translate(cls, data: dict[str, Any]) -> Translated:
+        """A recipe's values before they are checked: a schema that reads another project's words makes them its own."""
+        return Translated(data)
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A recipe in its schema's words, what is wrong with the others, and where those `written` stand in the file."""
+
+    data: dict[str, Any]
+    written: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
+    problems: tuple[tuple[KeyPath, str], ...] = ()
+
+    def as_written(self, path: KeyPath) -> KeyPath:
+        """The key in the file that a key of ours came from."""
+        known = [path[:end] for end in range(len(path), 0, -1) if path[:end] in self.written]
+        return self.written[known[0]] if known else path
+
 
 def _compiles(pattern: str) -> str:
     try:
@@ -89,14 +108,17 @@ def load_recipe(
         _read(Path(path), draft, ())
     for override in overrides:
         _override(draft, override)
-    data = _fill_environment(draft.data, (), draft)
+    ours = schema.translate(_fill_environment(draft.data, (), draft))
+    for where, message in ours.problems:
+        draft.problem(where, message)
     try:
-        recipe = schema.model_validate(data)
+        recipe = schema.model_validate(ours.data)
     except ValidationError as error:
         told = {where for where, _, _ in draft.problems}
-        for where, message in explain(error, schema, data):
-            if where not in told:
-                draft.problem(where, message)
+        for where, message in explain(error, schema, ours.data):
+            if (written := ours.as_written(where)) not in told:
+                draft.problem(written, message)
+                told.add(written)
     if draft.problems:
         raise ConfigError(draft.report())
     return Loaded(recipe, tuple(draft.files))

@@ -8,7 +8,7 @@ import pytest
 
 from tailor.cli.main import run
 from tailor.config import load_recipe
-from tailor.recipes.tune import TuneRecipe
+from tailor.recipes.tune_settings import TuneRecipe
 from tailor.techniques import TECHNIQUES
 
 
@@ -17,7 +17,7 @@ def fresh(path: Path, technique: str, *flags: str) -> TuneRecipe:
     return load_recipe(path, TuneRecipe).recipe
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", [name for name, kind in TECHNIQUES.items() if kind.has_defaults()])
 def test_the_recipe_is_the_defaults(tmp_path: Path, technique: str) -> None:
     recipe = fresh(tmp_path / "recipe.yaml", technique, "--data", "my rows/tickets v2.jsonl.gz")
     data, output = {"train": "my rows/tickets v2.jsonl.gz"}, {"name": f"tickets-v2-{technique}"}
@@ -37,7 +37,7 @@ def test_every_setting_is_there_with_its_description(tmp_path: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("other", [name for name in TECHNIQUES if name != "lora"])
+@pytest.mark.parametrize("other", [name for name, kind in TECHNIQUES.items() if name != "lora" and kind.has_defaults()])
 def test_a_commented_technique_can_take_the_place_of_the_other(tmp_path: Path, other: str) -> None:
     path = tmp_path / "recipe.yaml"
     fresh(path, "lora")
@@ -52,6 +52,11 @@ def test_a_commented_technique_can_take_the_place_of_the_other(tmp_path: Path, o
         block.append(line.removeprefix("# "))
     path.write_text("\n".join([*lines[:start], *block, *lines[end:]]), "utf-8")
     assert load_recipe(path, TuneRecipe).recipe.technique == (TECHNIQUES[other](),)
+
+
+def test_a_setting_without_default_has_an_example(tmp_path: Path) -> None:
+    (technique,) = fresh(tmp_path / "recipe.yaml", "new_tokens").technique
+    assert technique.model_dump()["tokens"] == ("<sku>", "<order>")
 
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,9 @@ from tailor.artifacts.artifact import find
 from tailor.errors import ConflictError, DataError, InterruptedRunError, ResourceError
 from tailor.inference.load import load
 from tailor.models.base import load_base
-from tailor.recipes import tune as tune_recipe
-from tailor.recipes.tune import TuneRecipe, resume, tune
+from tailor.recipes import tune_save, tune_train
+from tailor.recipes.tune import resume, tune
+from tailor.recipes.tune_settings import TuneRecipe
 from tailor.runs import Run
 from tailor.techniques import TECHNIQUES
 
@@ -212,7 +213,7 @@ def test_a_run_killed_right_after_saving_its_artifact_resumes(
     tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(tune_recipe, "_parity", lambda artifact, prepared: 1 / 0)
+        patched.setattr(tune_save, "_parity", lambda artifact, prepared: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tune(recipe(tiny_folder, rows, "lora"), quiet=True)
     assert find("mine").manifest["metrics"]["num_steps"] == 12
@@ -296,7 +297,7 @@ def test_running_out_of_memory_says_what_to_lower(
     def full(self: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(tune_recipe.Trainer, "step", full)
+    monkeypatch.setattr(tune_train.Trainer, "step", full)
     with pytest.raises(ResourceError, match="step 1 does not fit"):
         tune(recipe(tiny_folder, rows, "lora"), quiet=True)
     assert Run.open("mine").manifest["status"] == "failed"

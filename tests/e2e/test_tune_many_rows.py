@@ -10,8 +10,9 @@ from test_tune import interrupt_at, losses, recipe
 
 from tailor.data.token_store import TokenStore
 from tailor.errors import InterruptedRunError
-from tailor.recipes import tune as tune_recipe
+from tailor.models.base import load_base
 from tailor.recipes.tune import resume, tune
+from tailor.recipes.tune_prepare import prepare, read_rows
 from tailor.runs import Run
 
 
@@ -59,7 +60,8 @@ def test_what_a_person_sees_while_many_rows_are_read(
     tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tailor.data.progress.SECONDS_BETWEEN_LINES", 0.0)
-    prepared = tune_recipe._prepare(recipe(tiny_folder, rows, "lora"), None, quiet=False)
+    settings = recipe(tiny_folder, rows, "lora")
+    prepared = prepare(settings, read_rows(settings, quiet=False), load_base(tiny_folder), quiet=False)
     assert isinstance(prepared.train, TokenStore)
     assert isinstance(prepared.validation, TokenStore)
     shown = capsys.readouterr().err.splitlines()

@@ -23,6 +23,7 @@ from tailor.models.attention import KVCache
 from tailor.models.base import Base
 from tailor.models.plan import Plan
 from tailor.techniques import LoRA, PromptTuning
+from tailor.techniques.prefix_tuning import PrefixTuning
 from tailor.techniques.prompting import Prompting, Shot
 from tailor.text.messages import Message, user
 from tiny_models import tiny_base
@@ -327,9 +328,10 @@ def test_what_the_tokenizer_puts_before_a_text_leads_it(monkeypatch: pytest.Monk
     assert found.perplexity == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-4)
 
 
-def test_long_texts_are_cut_into_the_same_windows_for_all() -> None:
+@pytest.mark.parametrize("technique", [PromptTuning, PrefixTuning])
+def test_long_texts_are_cut_into_the_same_windows_for_all(technique: type[PromptTuning | PrefixTuning]) -> None:
     base = tiny_base(max_position_embeddings=20)
-    soft = base.host.attach([PromptTuning(num_virtual_tokens=5)])
+    soft = base.host.attach([technique(num_virtual_tokens=5)])
     backend = LocalBackend(base, {"soft": soft})
     ids = base.tokenizer.encode("hello there, how are you? " * 9)
     sizes = [min(15, len(ids) - start) for start in range(0, len(ids), 15)]
@@ -341,9 +343,12 @@ def test_long_texts_are_cut_into_the_same_windows_for_all() -> None:
     assert found[None].perplexity == pytest.approx(math.exp(-float(torch.cat(logprobs).mean())), rel=1e-4)
 
 
-def test_texts_and_contexts_that_leave_nothing_to_predict_are_refused() -> None:
+@pytest.mark.parametrize("technique", [PromptTuning, PrefixTuning])
+def test_texts_and_contexts_that_leave_nothing_to_predict_are_refused(
+    technique: type[PromptTuning | PrefixTuning],
+) -> None:
     base = tiny_base(max_position_embeddings=20)
-    backend = LocalBackend(base, {"soft": base.host.attach([PromptTuning(num_virtual_tokens=19)])})
+    backend = LocalBackend(base, {"soft": base.host.attach([technique(num_virtual_tokens=19)])})
     with pytest.raises(DataError, match="no token to predict"):
         forgetting(backend, [None], ["", "x"])
     with pytest.raises(ResourceError, match="19 virtual tokens"):

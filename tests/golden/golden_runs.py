@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tailor.data.examples import Rendering, make_examples
+from tailor.data.examples import make_examples
 from tailor.data.records import PromptCompletion
 from tailor.models.base import Base
 from tailor.objectives.sft import SFT
@@ -30,6 +30,10 @@ ROWS = [
 ]
 
 
+SETTINGS: dict[str, dict[str, Any]] = {"new_tokens": {"tokens": ["courier", "kettle", "telephone"]}}
+"""Settings of techniques that have none by default."""
+
+
 def path(technique: str) -> Path:
     """Where the golden file of a technique is."""
     return FOLDER / f"sft-{technique}.json"
@@ -42,9 +46,9 @@ def golden_run(base: Base, technique: str, pinned: Mapping[str, Any] | None = No
     technique's defaults. A `full` run changes the base: give it a fresh one.
     """
     kind: Any = TECHNIQUES[technique]
-    prepared = kind(**pinned["settings"]) if pinned else kind().prepare(ROWS, seed=0)
+    prepared = kind(**pinned["settings"]) if pinned else kind(**SETTINGS.get(technique, {})).prepare(ROWS, seed=0)
     slot = base.host.attach([prepared], seed=0)
-    rendering = Rendering(base.renderer, base.max_seq_len, slot.virtual_ids, slot.compose)
+    rendering = base.rendering(slot)
     examples, _ = make_examples(ROWS, rendering)
     bundles = [(example,) for example in examples]
     found: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 
 from tailor.config import load_recipe
 from tailor.errors import ConfigError
-from tailor.recipes.tune import BaseSettings, TuneRecipe
+from tailor.recipes.tune_settings import BaseSettings, TuneRecipe
 
 REST = "data: {train: rows.jsonl}\ntechnique: lora\noutput: {name: mine}\n"
 

@@ -17,7 +17,8 @@ from tailor.recipes import plan as plans
 from tailor.recipes import plan_estimate
 from tailor.recipes.plan import plan
 from tailor.recipes.plan_estimate import estimate_tune, sketch_tune
-from tailor.recipes.tune import TuneRecipe, tune
+from tailor.recipes.tune import tune
+from tailor.recipes.tune_settings import TuneRecipe
 from tiny_models import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_home")

@@ -338,7 +338,7 @@ def test_facts_of_a_label_set(here: Path) -> None:
     assert 0 < facts.completion_tokens < facts.prompt_tokens <= facts.longest_row < 20
     assert found.ranking.first_technique == "full"
     assert found.commands == (
-        f"tailor compare {found.path} --techniques full,lora,prompt_tuning",
+        f"tailor compare {found.path} --techniques full,lora,ia3",
         f"tailor tune {found.path} --technique full",
     )
     assert any("no language model" in note for note in found.notes)
@@ -381,7 +381,7 @@ def test_lora_is_always_among_those_to_compare_and_flags_travel(here: Path) -> N
     assert found.facts.kind == "answers and text"
     compare, tune = found.commands
     assert compare == (
-        f"tailor compare '{path}' --techniques lora,full,prompt_tuning --answer-pattern '#### (.*)' "
+        f"tailor compare '{path}' --techniques lora,ia3,adapter --answer-pattern '#### (.*)' "
         "--columns prompt=text --columns completion=out"
     )
     assert tune.startswith(f"tailor tune '{path}' --technique lora --columns")

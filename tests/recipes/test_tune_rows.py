@@ -17,7 +17,8 @@ from tailor.data.token_store import TokenStore
 from tailor.errors import DataError
 from tailor.evaluation.task import MAX_LABELS, find_task
 from tailor.objectives.sft import SFT
-from tailor.recipes.tune import _dropped_note, _labels, bundles_of
+from tailor.recipes.tune_prepare import bundles_of, dropped_note
+from tailor.recipes.tune_save import labels_of
 from tailor.techniques.prompting import Prompting
 from tailor.text.render import make_renderer
 from tiny_models import tiny_tokenizer
@@ -32,7 +33,7 @@ def rows(completions: list[str]) -> list[PromptCompletion]:
 @given(st.lists(st.sampled_from(["a", "b", "c ", "", "d\ne", "long " * 20]), min_size=1, max_size=12))
 def test_the_label_set_is_that_of_all_completions(completions: list[str]) -> None:
     task = find_task(completions, completions)
-    assert _labels(rows(completions)) == (list(task.labels) if task.kind == "labels" else None)
+    assert labels_of(rows(completions)) == (list(task.labels) if task.kind == "labels" else None)
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, MAX_LABELS, MAX_LABELS + 1])
@@ -42,19 +43,19 @@ def test_the_label_set_at_its_limits(num_labels: int, repeated: int) -> None:
     random.Random(0).shuffle(completions)
     for part in (completions, completions[:-1] or completions):
         task = find_task(part, part)
-        assert _labels(rows(part)) == (list(task.labels) if task.kind == "labels" else None)
+        assert labels_of(rows(part)) == (list(task.labels) if task.kind == "labels" else None)
 
 
 def test_dropped_rows_are_counted_and_the_first_ten_named() -> None:
     records = rows(["word " * (200 if k % 2 else 1) for k in range(24)])
     bundles, dropped = bundles_of(records, SFT(), RENDERING)
     assert [example.source.line for (example,) in bundles] == list(range(1, 25, 2))
-    assert _dropped_note(([], []), RENDERING) == []
+    assert dropped_note(([], []), RENDERING) == []
     named = ", ".join(f"rows.jsonl:{line}" for line in range(2, 22, 2))
-    assert _dropped_note((dropped[:10], []), RENDERING) == [
+    assert dropped_note((dropped[:10], []), RENDERING) == [
         f"10 rows are longer than 100 tokens and were dropped ({named})"
     ]
-    assert _dropped_note((dropped[:5], dropped[5:]), RENDERING) == [
+    assert dropped_note((dropped[:5], dropped[5:]), RENDERING) == [
         f"12 rows are longer than 100 tokens and were dropped ({named}, …)"
     ]
     with pytest.raises(DataError, match="none of the 12 rows fits into 100 tokens"):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tailor.training.progress import describe, peak_memory, show_progress
+from tailor.training.progress import Track, describe, peak_memory, show_progress
 from tailor.training.trainer import StepReport
 
 REPORT = StepReport("mine", 1, 2, 1.25, 0.5, 1e-3, 1234.0, 0.1, 2.5)
@@ -36,7 +36,7 @@ def test_unknown_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_go_to_stderr_and_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (True, False):
-        with show_progress("mine", 2, quiet=quiet, device=torch.device("cpu")) as show:
+        with show_progress([Track("mine", 2)], quiet=quiet, device=torch.device("cpu")) as show:
             show(REPORT)
     out, err = capsys.readouterr()
     assert out == ""

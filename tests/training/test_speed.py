@@ -15,6 +15,8 @@ from tailor.models.slots import Slot
 from tailor.techniques import Technique
 from tailor.techniques.full import Full
 from tailor.techniques.lora import LoRA
+from tailor.techniques.p_tuning import PTuning
+from tailor.techniques.prefix_tuning import PrefixTuning
 from tailor.techniques.prompt_tuning import PromptTuning
 from tailor.training import speed
 from tailor.training.speed import layer_kinds, measure_speed
@@ -45,8 +47,9 @@ def sketch(folder: Path, technique: Technique, model_type: str = "llama") -> tup
         (Full(), [True, True, True], [True, True, True]),
         (Full(parameters=("layers.2.*",)), [False, False, True], [False, False, False]),
         (PromptTuning(num_virtual_tokens=3), [False, False, False], [True, True, True]),
+        (PrefixTuning(num_virtual_tokens=3), [False, False, False], [False, True, True]),
     ],
-    ids=["lora", "one layer", "full", "top layer", "prompt tuning"],
+    ids=["lora", "one layer", "full", "top layer", "prompt tuning", "prefix tuning"],
 )
 def test_kinds_say_what_is_trained_and_where_gradients_flow(
     tmp_path: Path, technique: Technique, trained: list[bool], flows: list[bool]
@@ -61,6 +64,8 @@ def test_kinds_say_what_is_trained_and_where_gradients_flow(
     [
         ("llama", LoRA(rank=2, dropout=0.1)),
         ("llama", PromptTuning(num_virtual_tokens=3)),
+        ("llama", PTuning(num_virtual_tokens=3, encoder="lstm", encoder_hidden=6)),
+        ("llama", PrefixTuning(num_virtual_tokens=3)),
         ("qwen3_moe", Full()),
         ("gpt2", Full()),
         *((name, LoRA(rank=2)) for name in ("gemma3_text", "opt", "phi3", "smollm3")),

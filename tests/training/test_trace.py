@@ -18,6 +18,8 @@ from tailor.models.slots import Slot
 from tailor.techniques import Technique
 from tailor.techniques.full import Full
 from tailor.techniques.lora import LoRA
+from tailor.techniques.p_tuning import PTuning
+from tailor.techniques.prefix_tuning import PrefixTuning
 from tailor.techniques.prompt_tuning import PromptTuning
 from tailor.training.trace import trace_pass, weightless_base
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -25,8 +27,12 @@ from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 TECHNIQUES: dict[str, Technique] = {
     "lora": LoRA(rank=4),
     "upper lora": LoRA(rank=4, target_layers=(2,)),
+    "dora": LoRA(rank=4, dora=True),
+    "pissa": LoRA(rank=4, init="pissa"),
     "full": Full(),
     "prompt_tuning": PromptTuning(num_virtual_tokens=4),
+    "p_tuning": PTuning(num_virtual_tokens=4, condition="fox"),
+    "prefix_tuning": PrefixTuning(num_virtual_tokens=4, reparametrisation=True, encoder_hidden=16),
 }
 LENGTHS = (30, 44, 26)
 SIZES = {"hidden_size": 64, "intermediate_size": 96}

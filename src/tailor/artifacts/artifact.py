@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,13 +20,16 @@ from tailor.artifacts.files import (
     ADAPTER_CONFIG,
     TRAINING_STATE,
     folder_hash,
+    load_tensors,
     merged_weights,
     read_peft,
     read_state,
     write_model,
+    write_peft,
     write_state,
     write_techniques,
 )
+from tailor.artifacts.prompt_table import PROMPT_TABLE, in_table, is_table, key_of, named, unnamed, without
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
 from tailor.models.base import Base, dtype_name
 from tailor.models.slots import Slot
@@ -40,11 +43,39 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Artifact:
-    """A customization on disk. `manifest` is `tailor.json`; a plain PEFT folder gets one made up on reading."""
+    """A customization on disk. `manifest` is `tailor.json`; a plain PEFT folder gets one made up on reading.
+
+    `task`: this is one task of a prompt table, and what `tailor.json` says of it.
+    """
 
     name: str
     folder: Path
     manifest: Mapping[str, Any]
+    task: str | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of a prompt table; none for other artifacts, and for one task of a table."""
+        return tuple(self.manifest.get("tasks", ()))
+
+    def of_task(self, task: str | None) -> Artifact:
+        """One task of a prompt table as an artifact of its own; None is the only one, or what is no table.
+
+        Raises NotFoundError for a task that is not there, and ConfigError when one of several must be named.
+        """
+        if task is None and len(self.tasks) > 1:
+            raise ConfigError(
+                f"{self.name} holds {len(self.tasks)} tasks", hint=f"name one with --task: {', '.join(self.tasks)}"
+            )
+        if not self.tasks:
+            if task not in (None, self.task):
+                raise NotFoundError(f"{self.name} has no task {task!r}: it is no prompt table of several tasks")
+            return self
+        task = self.tasks[0] if task is None else task
+        if task not in self.tasks:
+            raise NotFoundError(f"{self.name} has no task {task!r}", hint=nearest(task, self.tasks))
+        shared = {key: value for key, value in self.manifest.items() if key != "tasks"}
+        return replace(self, manifest={**shared, **self.manifest["tasks"][task]}, task=task)
 
     @property
     def techniques(self) -> tuple[Technique, ...]:
@@ -53,8 +84,9 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """The techniques' names joined by +."""
-        return "+".join(technique["type"] for technique in self.manifest["techniques"])
+        """The techniques' names joined by +, each once in a prompt table."""
+        kinds = [technique["type"] for technique in self.manifest["techniques"]]
+        return "+".join(dict.fromkeys(kinds) if self.tasks else kinds)
 
     @property
     def is_base(self) -> bool:
@@ -77,23 +109,50 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_free(name: str, force: bool) -> Path:
-    """The folder for a new artifact. Raises ConflictError when the name is taken and `force` is not given."""
+def check_free(name: str, force: bool, task: str | None = None) -> Path:
+    """The folder for a new artifact, or for the prompt table that `task` is added to (it need not be there yet).
+
+    Raises ConflictError when the name, or the task in the table, is taken and `force` is not given.
+    """
     folder = home() / "artifacts" / check_name(name)
-    if folder.exists() and not force:
+    if task is not None and folder.exists():
+        _check_task_free(find(name), task, force)
+    elif folder.exists() and not force:
         raise ConflictError(
             f"there is an artifact {name!r} already ({folder})", hint="choose another name, or use --force"
         )
     return folder
 
 
+def _check_task_free(table: Artifact, task: str, force: bool) -> None:
+    if not table.tasks:
+        raise ConflictError(
+            f"artifact {table.name!r} is no prompt table ({table.kind}): no task can be added to it",
+            hint="choose another name; the first task of a table is named too (technique.task)",
+        )
+    if task in table.tasks and not force:
+        raise ConflictError(
+            f"prompt table {table.name!r} has a task {task!r} already",
+            hint="choose another task name, or use --force: it replaces this task alone",
+        )
+
+
+def check_same_base(name: str, base: Base) -> None:
+    """Raise ConflictError when there is an artifact of that name and it was made on other weights."""
+    if (home() / "artifacts" / name / MANIFEST).is_file():
+        _check_base(base, find(name))
+
+
 def made_by(name: str, run: str) -> bool:
     """Whether an artifact of that name is there and this run made it (it was killed right after saving)."""
     path = home() / "artifacts" / name / MANIFEST
-    return path.is_file() and _read(path.parent).manifest.get("run") == run
+    if not path.is_file():
+        return False
+    manifest = _read(path.parent).manifest
+    return any(facts.get("run") == run for facts in (manifest, *manifest.get("tasks", {}).values()))
 
 
-def save(
+def save(  # noqa: PLR0913 - what is saved, and how
     name: str,
     base: Base,
     slot: Slot,
@@ -102,11 +161,15 @@ def save(
     *,
     training_state: Mapping[str, Tensor] = MappingProxyType({}),
     force: bool = False,
+    add: bool = False,
 ) -> Artifact:
     """Write the slot as an artifact, atomically; `facts` (recipe, data, metrics, parity) go into `tailor.json`.
 
-    `training_state` is what `slot.bake()` returned: training can go on from it.
+    `training_state` is what `slot.bake()` returned: training can go on from it. A soft prompt for a named task becomes
+    a prompt table, or joins the one of that name with `add`; its own part of the table is returned.
     """
+    if is_table(techniques):
+        return _save_task(name, base, slot, techniques, facts, training_state, force=force, add=add)
     folder = check_free(name, force)
     with atomic_folder(folder, force=force) as draft:
         write_techniques(draft, techniques, slot, base)
@@ -123,11 +186,60 @@ def save(
     return Artifact(name, folder, manifest)
 
 
+def _save_task(  # noqa: PLR0913 - those of `save`
+    name: str,
+    base: Base,
+    slot: Slot,
+    techniques: Sequence[Technique],
+    facts: Mapping[str, Any],
+    training_state: Mapping[str, Tensor],
+    *,
+    force: bool,
+    add: bool,
+) -> Artifact:
+    """A table with this task, and with all that are in it already when it is one to `add` to."""
+    if len(techniques) > 1:
+        raise ConfigError("the tasks of a prompt table are trained one by one", hint="add each with output.add=true")
+    task = key_of(techniques[0])
+    folder = check_free(name, force, task if add else None)
+    there = find(name).manifest if add and folder.exists() else {}
+    if add:
+        check_same_base(name, base)
+    with atomic_folder(folder, force=force or add) as draft:
+        write_techniques(draft, techniques, slot, base)
+        own = load_tensors(draft / PROMPT_TABLE)
+        write_state(draft / PROMPT_TABLE, {**without(folder / PROMPT_TABLE, [task]), **own} if add else own)
+        kept = without(folder / TRAINING_STATE, [task], prefixed=True) if add else {}
+        if kept or training_state:
+            write_state(draft / TRAINING_STATE, {**kept, **named(task, training_state)})
+        told = {
+            "techniques": [technique.model_dump(mode="json") for technique in techniques],
+            "num_parameters": slot.num_parameters,
+            "num_trained": slot.num_parameters + slot.num_dropped,
+            "created": _now(),
+            **facts,
+        }
+        tasks = {**there.get("tasks", {}), task: told}
+        shared = {
+            "name": name,
+            "techniques": [technique for each in tasks.values() for technique in each["techniques"]],
+            "num_parameters": sum(each["num_parameters"] for each in tasks.values()),
+            "base": there.get("base") or describe_base(base),
+            "tasks": tasks,
+        }
+        manifest = write_manifest(draft, shared)
+    return Artifact(name, folder, manifest).of_task(task)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write `tailor.json` of a folder whose other files are complete; returns it."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": _now(),
         "content_hash": folder_hash(folder),
         "versions": {p: importlib.metadata.version(p) for p in ("tailor-llm", "torch", "transformers")},
         **facts,
@@ -137,12 +249,20 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_base(base: Base) -> dict[str, str]:
-    """What `tailor.json` says of the base."""
-    return {"name": base.name, "fingerprint": base.fingerprint, "dtype": dtype_name(base.dtype)}
+    """What `tailor.json` says of the base. The fingerprint is that of its files, quantised or not."""
+    facts = {"name": base.name, "fingerprint": base.fingerprint, "dtype": dtype_name(base.dtype)}
+    return facts if base.quantize is None else {**facts, "quantize": base.quantize}
 
 
 def update_manifest(artifact: Artifact, **facts: Any) -> Artifact:
-    """The artifact with more facts in `tailor.json` (a parity record, metrics), written atomically."""
+    """The artifact with more facts in `tailor.json` (a parity record, metrics), written atomically.
+
+    Those of a prompt table's task stand with the task.
+    """
+    if artifact.task is not None:
+        table = _read(artifact.folder)
+        tasks = {**table.manifest["tasks"], artifact.task: {**table.manifest["tasks"][artifact.task], **facts}}
+        return update_manifest(table, tasks=tasks).of_task(artifact.task)
     manifest = {**artifact.manifest, **facts}
     write_json(artifact.folder / MANIFEST, manifest)
     return Artifact(artifact.name, artifact.folder, manifest)
@@ -184,14 +304,11 @@ def _foreign(folder: Path) -> Artifact:
 
 
 def attach(base: Base, artifact: Artifact) -> Slot:
-    """Attach to a loaded base. Raises ConflictError when the artifact was made on other weights."""
-    expected = artifact.manifest["base"].get("fingerprint")
-    if expected and base.fingerprint and expected != base.fingerprint:
-        raise ConflictError(
-            f"artifact {artifact.name!r} was made on base {artifact.manifest['base']['name']!r} "
-            f"(fingerprint {expected[:8]}…), but {base.name!r} has other weights ({base.fingerprint[:8]}…)",
-            hint="load the base it was made on",
-        )
+    """Attach to a loaded base. Raises ConflictError when the artifact was made on other weights.
+
+    Quantised weights are others than those they were made from: what was trained would not be what is served.
+    """
+    _check_base(base, artifact)
     slot = base.host.attach(artifact.techniques, baked=True)
     state = read_state(artifact.folder, artifact.techniques)
     try:
@@ -202,15 +319,39 @@ def attach(base: Base, artifact: Artifact) -> Slot:
     return slot
 
 
+def _check_base(base: Base, artifact: Artifact) -> None:
+    expected = artifact.manifest["base"].get("fingerprint")
+    if expected and base.fingerprint and expected != base.fingerprint:
+        raise ConflictError(
+            f"artifact {artifact.name!r} was made on base {artifact.manifest['base']['name']!r} "
+            f"(fingerprint {expected[:8]}…), but {base.name!r} has other weights ({base.fingerprint[:8]}…)",
+            hint="load the base it was made on",
+        )
+    trained_on = artifact.manifest["base"].get("quantize")
+    if expected and trained_on != base.quantize:
+        raise ConflictError(
+            f"artifact {artifact.name!r} was trained on {_as_loaded(trained_on)}, "
+            f"but {base.name!r} is loaded as {_as_loaded(base.quantize)}: the weights differ",
+            hint=f"load it with --quantize {trained_on}, or merge the artifact: that gives a model of full precision"
+            if trained_on
+            else "load the base without --quantize",
+        )
+
+
+def _as_loaded(quantize: str | None) -> str:
+    return f"the base quantised to {quantize}" if quantize else "the base as it is"
+
+
 def start_from(slot: Slot, artifact: Artifact) -> None:
     """Let a slot that is about to train begin where the artifact's training ended.
 
     Raises ConfigError when its techniques have other parameters.
     """
-    from safetensors.torch import load_file
-
     kept = artifact.folder / TRAINING_STATE
-    slot.load(load_file(kept) if kept.is_file() else read_state(artifact.folder, artifact.techniques))
+    state = load_tensors(kept) if kept.is_file() else {}
+    if artifact.task is not None:
+        state = unnamed(artifact.task, state)
+    slot.load(state or read_state(artifact.folder, artifact.techniques))
 
 
 def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder: Path) -> None:
@@ -224,14 +365,19 @@ def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder
     write_model(folder, base, merged_weights(base, slot))
 
 
-def copy_peft(artifact: Artifact, folder: Path) -> None:
-    """Copy the artifact's PEFT files alone. Raises ConfigError for what PEFT has no files for."""
+def copy_peft(artifact: Artifact, slot: Slot, base: Base, folder: Path) -> None:
+    """Copy the artifact's PEFT files alone, or write those of a prompt table's task.
+
+    Raises ConfigError for what PEFT has no files for.
+    """
     kinds = artifact.techniques
     if len(kinds) != 1:
         hint = "its parts, or a merged model, may be exported"
         raise ConfigError(f"{artifact.name}: PEFT has no files for a combination of techniques", hint=hint)
     if reason := kinds[0].beyond_peft():
         raise ConfigError(f"{artifact.name} cannot be exported for PEFT: {reason}")
+    if in_table(kinds[0]):
+        write_peft(folder, kinds[0].to_peft(slot), base)
     for path in artifact.folder.glob("adapter_*"):
         shutil.copyfile(path, folder / path.name)
 

@@ -1,6 +1,7 @@
-"""The files of an artifact: PEFT's layout where PEFT has one, `prompt.json`, or a Hugging Face folder.
+"""The files of an artifact: PEFT's layout where PEFT has one, `prompt.json`, a prompt table, or a Hugging Face folder.
 
-One technique stands in the artifact's own folder; several stand in `part-0-<type>/`, `part-1-<type>/`, each complete.
+One technique stands in the artifact's own folder, and so do the tasks of a prompt table; several techniques stand in
+`part-0-<type>/`, `part-1-<type>/`, each complete.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tailor.artifacts.prompt_table import PROMPT_TABLE, in_table, is_table, key_of, read_tokens
 from tailor.errors import ConfigError, DataError, NotFoundError
 from tailor.models.base import Base
 from tailor.models.linear import merged
+from tailor.models.nf4 import nf4_layers
 from tailor.models.slots import Slot
 from tailor.store import write_json
 from tailor.techniques import TECHNIQUES, Technique
@@ -38,10 +41,14 @@ PEFT_TYPES = {kind: technique for technique in TECHNIQUES.values() for kind in t
 
 def write_techniques(folder: Path, techniques: Sequence[Technique], slot: Slot, base: Base) -> None:
     """Write every technique's files into `folder` (or its parts)."""
+    tables: dict[Path, dict[str, Tensor]] = {}
     for number, technique in enumerate(techniques):
-        part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
+        part = _part(folder, techniques, number)
         part.mkdir(exist_ok=True)
-        if technique.beyond_peft() is None:
+        if in_table(technique):
+            (tokens,) = slot.state(of=technique).values()
+            tables.setdefault(part / PROMPT_TABLE, {})[key_of(technique)] = tokens
+        elif technique.beyond_peft() is None:
             write_peft(part, technique.to_peft(slot), base)
         elif slot.owns_base and not technique.traits.frozen_base:
             write_model(part, base, {})
@@ -49,6 +56,14 @@ def write_techniques(folder: Path, techniques: Sequence[Technique], slot: Slot, 
             write_state(part / WEIGHTS, state)
         else:
             write_json(part / PROMPT, technique.model_dump(mode="json"))
+    for path, tensors in tables.items():
+        write_state(path, tensors)
+
+
+def _part(folder: Path, techniques: Sequence[Technique], number: int) -> Path:
+    """Where one of several techniques has its files."""
+    alone = len(techniques) == 1 or is_table(techniques)
+    return folder if alone else folder / f"part-{number}-{techniques[number].type}"
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -56,6 +71,13 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def write_peft(folder: Path, files: PeftFiles, base: Base) -> None:
@@ -67,8 +89,6 @@ def write_peft(folder: Path, files: PeftFiles, base: Base) -> None:
 
 def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
     """The technique and slot state of a PEFT folder, ours or anybody's. Raises by name for what we do not honour."""
-    from safetensors.torch import load_file
-
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise NotFoundError(
@@ -85,28 +105,32 @@ def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
             f"{folder}: PEFT adapters of type {config.get('peft_type')} are not supported",
             hint=f"known: {', '.join(PEFT_TYPES)}",
         )
-    return kind.from_peft(config, load_file(folder / ADAPTER_WEIGHTS))
+    return kind.from_peft(config, load_tensors(folder / ADAPTER_WEIGHTS))
 
 
 def read_state(folder: Path, techniques: Sequence[Technique]) -> dict[str, Tensor]:
     """The slot state of an artifact's techniques, parts united."""
-    from safetensors.torch import load_file
-
     state: dict[str, Tensor] = {}
     for number, technique in enumerate(techniques):
-        part = folder if len(techniques) == 1 else folder / f"part-{number}-{technique.type}"
-        if (part / ADAPTER_CONFIG).is_file():
+        part = _part(folder, techniques, number)
+        if in_table(technique):
+            state |= read_tokens(part / PROMPT_TABLE, technique)
+        elif (part / ADAPTER_CONFIG).is_file():
             state |= read_peft(part)[1]
         elif (part / WEIGHTS).is_file():
-            state |= load_file(part / WEIGHTS)
+            state |= load_tensors(part / WEIGHTS)
     return state
 
 
 def write_model(folder: Path, base: Base, changes: Mapping[str, Tensor]) -> None:
-    """A Hugging Face folder of the base's weights with some replaced, and its tokenizer; no trace of wrappers."""
+    """A Hugging Face folder of the base's weights with some replaced, and its tokenizer; no trace of wrappers.
+
+    Those of a quantised base are written dequantised: onto them a merge is exact.
+    """
     from transformers import AutoModelForCausalLM
 
     weights = {re.sub(r"\.base\.(?=[^.]+$)", ".", name): p.detach() for name, p in base.model.named_parameters()}
+    weights |= {f"{n}.weight": q.weight for n, q in nf4_layers(base.model).items() if f"{n}.weight" not in changes}
     weights |= changes
     config = copy.deepcopy(base.config)  # from_config writes its attention into the config it is given
     with torch.device("meta"):  # no second copy of the weights: the tensors at hand are put in

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tailor.cli.output import AsJson, BaseOf, CompareOn, emit
+from tailor.cli.output import AsJson, BaseOf, CompareOn, Task, emit
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, merge, export and remove artifacts.")
 
@@ -41,7 +41,7 @@ def list_artifacts(as_json: AsJson = False) -> None:
             parity = facts.get("parity")
             table.add_row(
                 artifact.name,
-                artifact.kind,
+                artifact.kind + (f" ({', '.join(artifact.tasks)})" if artifact.tasks else ""),
                 facts["base"]["name"],
                 f"{facts['num_parameters']:,}",
                 "" if loss is None else f"{loss:.4f}",
@@ -55,7 +55,7 @@ def list_artifacts(as_json: AsJson = False) -> None:
 
 @app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Everything `tailor.json` knows: technique, recipe, base, data, metrics, parity, versions."""
+    """Everything `tailor.json` knows: technique, recipe, base, data, metrics, parity, versions; those of each task."""
     from rich.console import Console
 
     from tailor.artifacts.artifact import find
@@ -97,6 +97,7 @@ def export(
     format: Annotated[
         Literal["hf", "peft"], typer.Option("--format", help="hf: a merged model folder; peft: the adapter's files.")
     ] = "peft",
+    task: Task = None,
     data: CompareOn = None,
     base: BaseOf = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
@@ -108,7 +109,7 @@ def export(
     folder = folder.expanduser().resolve()
     if force:
         _check_replaceable(folder)
-    parity = run_export(name, folder, format, base=base, data=data, force=force)
+    parity = run_export(name, folder, format, task=task, base=base, data=data, force=force)
     _saved({"folder": str(folder), "format": format, "parity": parity.to_dict()}, folder, as_json)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import BaseOf, Device, Dtype, say
+from tailor.cli.output import BaseOf, Device, Dtype, Quantize, Task, say
 from tailor.errors import ResourceError, TailorError
 
 app = typer.Typer(add_completion=False)
@@ -20,15 +20,17 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling; each answer takes the next one.")] = 0,
+    task: Task = None,
     base: BaseOf = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Talk to an artifact or a base. `/new` forgets the conversation, `/quit` (or end of input) leaves."""
     from tailor.inference.load import load
     from tailor.text.messages import Message
 
-    customized = load(name, base, device=device, dtype=dtype)
+    customized = load(name, base, task=task, device=device, dtype=dtype, quantize=quantize)
     opening = [Message("system", system)] if system else []
     turns = list(opening)
     say(f"{name}: /new starts over, /quit leaves")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tailor.cli.output import AsJson, Columns, Device, Dtype, Quiet, SkipBadRows, draw, emit, pairs, say
+from tailor.cli.output import AsJson, Columns, Device, Dtype, Quantize, Quiet, SkipBadRows, draw, emit, pairs, say
 from tailor.data.progress import stages
 
 app = typer.Typer(add_completion=False)
@@ -59,6 +59,7 @@ def compare(
     skip_bad_rows: SkipBadRows = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     redraw: Redraw = False,
     retry: Retry = False,
     force: Force = False,
@@ -74,10 +75,12 @@ def compare(
 
         show(run_redraw(source), as_json)
         return
-    if source.endswith(YAML) and base is None and (device, dtype) != ("auto", "auto"):
-        raise typer.BadParameter("--device and --dtype go with --base; a recipe says them for each of its bases")
+    if source.endswith(YAML) and base is None and (device, dtype, quantize) != ("auto", "auto", None):
+        raise typer.BadParameter(
+            "--device, --dtype and --quantize go with --base; a recipe says them for each of its bases"
+        )
     flags = {
-        "base": _bases(base, device, dtype),
+        "base": _bases(base, device, dtype, quantize),
         "techniques": _parts(techniques),
         "sizes": _parts(sizes),
         "seeds": seeds,
@@ -124,10 +127,11 @@ def show(result: Any, as_json: bool) -> None:
         say(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)")
 
 
-def _bases(names: list[str] | None, device: str, dtype: str) -> list[dict[str, str]] | None:
-    if names is None and device == dtype == "auto":
+def _bases(names: list[str] | None, device: str, dtype: str, quantize: str | None) -> list[dict[str, str]] | None:
+    if names is None and quantize is None and device == dtype == "auto":
         return None
-    return [{"name": name, "device": device, "dtype": dtype} for name in names or ["tailor-nano"]]
+    settings = {"device": device, "dtype": dtype} | ({} if quantize is None else {"quantize": quantize})
+    return [{"name": name, **settings} for name in names or ["tailor-nano"]]
 
 
 def _parts(text: str | None) -> list[Any] | None:

@@ -13,8 +13,10 @@ from tailor.cli.output import (
     Columns,
     Device,
     Dtype,
+    Quantize,
     Quiet,
     SkipBadRows,
+    Task,
     draw,
     emit,
     numbers,
@@ -50,9 +52,11 @@ def evaluate(
         list[str] | None, typer.Option("--max", help="The same where lower is better, e.g. perplexity=20.")
     ] = None,
     rows: Annotated[Path | None, typer.Option("--rows", help="Write every row's result here (JSONL).")] = None,
+    task: Task = None,
     base: BaseOf = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -75,7 +79,7 @@ def evaluate(
     gates = Gates(numbers(minimum, "--min"), numbers(maximum, "--max"))
     gates.check_names(settings.metrics)
     with stages(quiet) as progress:
-        customized = load(name, base, device=device, dtype=dtype)
+        customized = load(name, base, task=task, device=device, dtype=dtype, quantize=quantize)
         evaluation = run_evaluate(customized, data, settings=settings, reading=reading, progress=progress)
     if rows is not None:
         evaluation.write(rows)

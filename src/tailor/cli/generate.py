@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tailor.cli.output import AsJson, BaseOf, Columns, Device, Dtype, SkipBadRows, emit, pairs, say
+from tailor.cli.output import AsJson, BaseOf, Columns, Device, Dtype, Quantize, SkipBadRows, Task, emit, pairs, say
 
 if TYPE_CHECKING:
     from tailor.data.dataset import ReadSettings
     from tailor.text.messages import Message
     from tailor.text.render import Tools
+    from tailor.text.template import Templates
 
 app = typer.Typer(add_completion=False)
 
@@ -38,20 +39,22 @@ def generate(
         str, typer.Option("--format", help="Of --file: auto, prompt, or one of docs/formats.md.")
     ] = "auto",
     skip_bad_rows: SkipBadRows = False,
+    task: Task = None,
     base: BaseOf = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a prompt, or every row of a file (all in one batch)."""
+    """Answer a prompt (a JSON object of fields where a task's template has some), or all rows of a file, batched."""
     from tailor.data.dataset import ReadSettings
     from tailor.inference.load import load
     from tailor.text.messages import Message
 
     reading = ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows)
-    asked = _asked(prompt, file, reading)
+    asked = _asked(prompt, file, reading, _templates(name, task))
     opening = (Message("system", system),) if system else ()
-    customized = load(name, base, device=device, dtype=dtype)
+    customized = load(name, base, task=task, device=device, dtype=dtype, quantize=quantize)
     completions = customized.complete(
         [(*opening, *turns) for turns, _ in asked],
         tools=[tools for _, tools in asked],
@@ -76,7 +79,18 @@ def generate(
     emit({"completions": rows}, as_json, lambda console: print(*(row["text"] for row in rows), sep="\n"))
 
 
-def _asked(prompt: str | None, file: Path | None, settings: ReadSettings) -> list[tuple[tuple[Message, ...], Tools]]:
+def _templates(name: str, task: str | None) -> Templates:
+    """The templates that say which fields a file's rows have; known before the base is loaded."""
+    from tailor.inference.load import find_or_none
+    from tailor.techniques.soft_prompt import templates_of
+
+    artifact = find_or_none(name, task)
+    return templates_of(artifact.techniques) if artifact is not None else {}
+
+
+def _asked(
+    prompt: str | None, file: Path | None, settings: ReadSettings, templates: Templates
+) -> list[tuple[tuple[Message, ...], Tools]]:
     """The turns to answer, with the tools offered."""
     from tailor.data.dataset import skipped_notes
     from tailor.data.prompts import question_of, read_prompts
@@ -86,7 +100,7 @@ def _asked(prompt: str | None, file: Path | None, settings: ReadSettings) -> lis
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give a prompt or --file, not both and not neither")
     if file is not None:
-        reading = read_prompts(file, **settings.model_dump())
+        reading = read_prompts(file, **settings.model_dump(), templates=templates)
         for note in skipped_notes(reading):
             say(f"note: {note}")
         return [(question_of(record), tools_of(record)) for record in reading.records]

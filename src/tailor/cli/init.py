@@ -32,7 +32,7 @@ def init(
 
     from tailor.errors import ConfigError, ConflictError, nearest
     from tailor.recipes.recipe_template import recipe_template
-    from tailor.recipes.tune import TuneRecipe
+    from tailor.recipes.tune_settings import TuneRecipe
     from tailor.store import write_text
     from tailor.techniques import TECHNIQUES
 

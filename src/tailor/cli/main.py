@@ -23,6 +23,9 @@ COMMANDS = {
     "tune": "Tune a base on your rows and save the result under a name.",
     "resume": "Go on with an interrupted or killed run or comparison, to the result it would have had.",
     "compare": "Train and measure every technique on the same rows, and report which is best, and at what cost.",
+    "sweep": (
+        "Search settings and techniques on your rows: trials of one base side by side, the hopeless given up early."
+    ),
     "recommend": "Say which technique to try first for these rows, why, and the command that tries it.",
     "eval": "Generate and score every row; metrics follow from the kind of task, each with a bootstrap interval.",
     "generate": "Answer a prompt, or every row of a file (all in one batch).",

@@ -26,6 +26,8 @@ CompareOn = Annotated[
     str | None, typer.Option("--data", help="Rows to compare on; those the run held out when not given.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Task = Annotated[str | None, typer.Option("--task", help="One task of a prompt table.")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help="nf4: the base's linear layers in 4 bits (QLoRA).")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 SCHEMA_VERSION = 1

@@ -1,4 +1,4 @@
-"""`tailor resume`: go on with an interrupted run or comparison."""
+"""`tailor resume`: go on with interrupted runs, a comparison or a sweep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tailor.cli.output import AsJson, Quiet, say
-from tailor.cli.tune import show
+from tailor.cli.tune import show, show_many
 from tailor.data.progress import stages
 
 app = typer.Typer(add_completion=False)
@@ -15,18 +15,30 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def resume(
-    run: Annotated[
-        str, typer.Argument(help="The run's name, its artifact's name (its latest run), its folder, or a comparison.")
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help="A run's name, its artifact's name (its latest run), its folder, a comparison or a sweep. Several "
+            "runs, or the name of a group that was started together, go on in the same passes.",
+        ),
     ],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with an interrupted or killed run or comparison, to the result it would have had."""
     from tailor.recipes.compare import known, resume_comparison, unfinished
-    from tailor.recipes.tune import resume as run_resume
+    from tailor.recipes.sweep import known as sweeps
 
+    if len(names) > 1:
+        _runs(names, as_json=as_json, quiet=quiet)
+        return
+    run = names[0]
+    if run in sweeps() and run not in unfinished():
+        _sweep(run, as_json=as_json, quiet=quiet)
+        return
     if run not in unfinished() and (run not in known() or _is_run(run)):  # a finished comparison is shown
-        show(run_resume(run, quiet=quiet), as_json)
+        _runs([run], as_json=as_json, quiet=quiet)
         return
     from tailor.cli.compare import show as show_comparison
 
@@ -36,12 +48,33 @@ def resume(
     result.check()
 
 
+def _runs(names: list[str], *, as_json: bool, quiet: bool) -> None:
+    from tailor.recipes.tune import resume as resume_run
+    from tailor.recipes.tune_together import resume_many, runs_of
+
+    folders = [run.folder for run in runs_of(names)]
+    if len(folders) == 1:
+        show(resume_run(folders[0], quiet=quiet), as_json)
+    else:
+        show_many(resume_many(folders, quiet=quiet), as_json)
+
+
+def _sweep(name: str, *, as_json: bool, quiet: bool) -> None:
+    from tailor.cli.sweep import show as show_sweep
+    from tailor.recipes.sweep import resume_sweep
+
+    with stages(quiet) as progress:
+        result = resume_sweep(name, progress=progress, say=(lambda text: None) if quiet else say)
+    show_sweep(result, as_json)
+    result.check()
+
+
 def _is_run(name: str) -> bool:
     from tailor.errors import NotFoundError
-    from tailor.runs import Run
+    from tailor.recipes.tune_together import runs_of
 
     try:
-        Run.open(name)
+        runs_of([name])
     except NotFoundError:
         return False
     return True

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tailor.cli.output import AsJson, BaseOf, CompareOn, Device, Dtype, draw, emit
+from tailor.cli.output import AsJson, BaseOf, CompareOn, Device, Dtype, Task, draw, emit
 
 app = typer.Typer(add_completion=False)
 
@@ -17,6 +17,7 @@ def verify(
     data: CompareOn = None,
     base: BaseOf = None,
     num_rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 8,
+    task: Task = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -28,7 +29,7 @@ def verify(
     from tailor.evaluation.report import render as render_report
     from tailor.recipes.verify import verify as run_verify
 
-    parity = run_verify(name, data=data, base=base, num_rows=num_rows, device=device, dtype=dtype)
+    parity = run_verify(name, data=data, base=base, num_rows=num_rows, task=task, device=device, dtype=dtype)
 
     emit({"artifact": name, **parity.to_dict()}, as_json, lambda console: draw(console, render_report(parity)))
     parity.check()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pydantic import Field
 
 from tailor.config import Strict
 from tailor.data.examples import Truncation
+from tailor.data.formats import FORMATS
 from tailor.data.prepare import leakage, split
 from tailor.data.progress import Progress, silent
-from tailor.data.readers import Reading, read_records
+from tailor.data.readers import Reading, read_rows
 from tailor.data.records import Record
+from tailor.data.task_rows import FIELDS, with_templates
 from tailor.text.render import TrainedTurns
+from tailor.text.template import Templates
+
+NO_TEMPLATES: Templates = MappingProxyType({})
 
 
 class ReadSettings(Strict):
@@ -52,9 +58,14 @@ class Dataset:
     notes: tuple[str, ...]
 
 
-def load_dataset(settings: DataSettings, seed: int, progress: Progress = silent) -> Dataset:
-    """Read and split. Raises DataError, NotFoundError. A seeded split keeps each prompt on one side."""
-    reading = read(settings.train, settings, progress)
+def load_dataset(
+    settings: DataSettings, seed: int, progress: Progress = silent, templates: Templates = NO_TEMPLATES
+) -> Dataset:
+    """Read and split. Raises DataError, NotFoundError. A seeded split keeps each prompt on one side.
+
+    `templates` of the tasks that are trained say what fields their rows have.
+    """
+    reading = read(settings.train, settings, progress, templates, training=True)
     notes = skipped_notes(reading)
     if settings.validation is None:
         train, validation = split(
@@ -62,7 +73,7 @@ def load_dataset(settings: DataSettings, seed: int, progress: Progress = silent)
         )
         digest = reading.content_hash
     else:
-        other = read(settings.validation, settings, progress)
+        other = read(settings.validation, settings, progress, templates, training=True)
         notes += skipped_notes(other)
         train, validation = reading.records, other.records
         digest = f"{reading.content_hash}+{other.content_hash}"
@@ -72,11 +83,24 @@ def load_dataset(settings: DataSettings, seed: int, progress: Progress = silent)
     return Dataset(train[: settings.max_rows], validation, digest, tuple(notes))
 
 
-def read(path: str, settings: ReadSettings, progress: Progress = silent) -> Reading:
-    """The records of one file. Raises NotFoundError, DataError."""
-    return read_records(
+def read(
+    path: str,
+    settings: ReadSettings,
+    progress: Progress = silent,
+    templates: Templates = NO_TEMPLATES,
+    *,
+    training: bool = False,
+) -> Reading:
+    """The records of one file. Raises NotFoundError, DataError.
+
+    With a template whose fields are not `prompt` and `completion` alone, rows are read as its fields unless the
+    settings name another format.
+    """
+    formats = with_templates(FORMATS, templates, training=training)
+    return read_rows(
         path,
-        format=settings.format,
+        formats,
+        format=FIELDS if settings.format == "auto" and FIELDS in formats else settings.format,
         columns=settings.columns,
         skip_bad_rows=settings.skip_bad_rows,
         progress=progress,

@@ -5,9 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from tailor.data import turns
+from tailor.data.kinds import (
+    ANY,
+    INPUT,
+    LIST,
+    MESSAGES,
+    NUMBER,
+    SAID,
+    TEXT,
+    TEXTS,
+    TRANSCRIPT,
+    TURN,
+    TURNS,
+    YES_NO,
+    Kind,
+)
 from tailor.data.records import (
     Comparison,
     Conversation,
@@ -28,39 +43,16 @@ ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosit
 """Attribute names of HelpSteer and of the SteerLM models before it; their scale is 0 to 4."""
 
 
-class Kind(NamedTuple):
-    """A type of value: how it is called in messages, and its test."""
-
-    name: str
-    test: Callable[[Any], bool]
-
-
-def _is_objects(value: Any, *keys: str) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) and {*keys} <= {*v} for v in value)
-
-
-TEXT = Kind("text", lambda value: isinstance(value, str))
-MESSAGES = Kind("a list of messages with role and content", lambda value: _is_objects(value, "role"))
-TURNS = Kind("a list of turns with from and value", lambda value: _is_objects(value, "from", "value"))
-TURN = Kind("one turn with from and value", lambda value: isinstance(value, Mapping) and {"from", "value"} <= {*value})
-SAID = Kind("text or a list of messages", lambda value: TEXT.test(value) or MESSAGES.test(value))
-TRANSCRIPT = Kind('a transcript with "\\n\\nHuman:" and "\\n\\nAssistant:"', turns.is_transcript)
-INPUT = Kind(
-    "an object with messages", lambda value: isinstance(value, Mapping) and MESSAGES.test(value.get("messages"))
-)
-YES_NO = Kind("true or false", lambda value: str(value).lower() in ("true", "false", "0", "1"))
-NUMBER = Kind("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool))
-TEXTS = Kind("text or a list of texts", lambda v: TEXT.test(v) or (isinstance(v, list) and all(map(TEXT.test, v))))
-ANY = Kind("anything", lambda value: True)
-
-
 def _always(row: Fields) -> bool:
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How one format is told from others and read. A field spelled `a|b` goes by either name."""
+    """How one format is told from others and read. A field spelled `a|b` goes by either name.
+
+    A `closed` one refuses columns that it does not know; `made_from` tells apart what has one name and reads otherwise.
+    """
 
     about: str
     required: Mapping[str, Kind]
@@ -68,6 +60,8 @@ class Format:
     optional: Mapping[str, Kind] = field(default_factory=dict)
     also: Callable[[Fields], bool] = _always
     also_reason: str = ""
+    closed: bool = False
+    made_from: str = ""
 
     def names(self) -> set[str]:
         """Every field name this format knows."""
@@ -106,7 +100,10 @@ class Format:
         if not self.also(row):
             raise RowError(self.also_reason)
         empty = {name for name in self.names() if row.get(name) is None}
-        return self.convert(fields), {name: value for name, value in row.items() if name not in used | empty}
+        others = {name: value for name, value in row.items() if name not in used | empty}
+        if self.closed and (extra := next((name for name, value in others.items() if value is not None), None)):
+            raise RowError(f"field {extra!r} has no place in the template; {nearest(extra, sorted(self.names()))}")
+        return self.convert(fields), others
 
 
 def _spelled(row: Fields, spec: str, kind: Kind) -> str | None:
@@ -316,8 +313,6 @@ def _is_preference(row: Fields) -> bool:
     return row.get("prompt") is not None or (MESSAGES.test(row["chosen"]) and MESSAGES.test(row["rejected"]))
 
 
-_LIST = Kind("a list", lambda value: isinstance(value, list))
-
 FORMATS: dict[str, Format] = {
     "prompt_completion": Format(
         "one prompt, one completion (the home format)", {"prompt": TEXT, "completion": TEXT}, _prompt_completion
@@ -333,13 +328,13 @@ FORMATS: dict[str, Format] = {
         "chat messages (OpenAI)",
         {"messages|conversations": MESSAGES},
         openai_chat,
-        {"tools": ANY, "functions": _LIST},
+        {"tools": ANY, "functions": LIST},
     ),
     "alpaca": Format(
         "instruction, input and output (Alpaca)",
         {"instruction": TEXT, "output": TEXT},
         _alpaca,
-        {"input": TEXT, "system": TEXT, "history": _LIST},
+        {"input": TEXT, "system": TEXT, "history": LIST},
     ),
     "sharegpt": Format(
         "conversations with from and value (ShareGPT)",
@@ -368,7 +363,7 @@ FORMATS: dict[str, Format] = {
         "Alpaca with chosen and rejected (LLaMA-Factory)",
         {"instruction": TEXT, "chosen": TEXT, "rejected": TEXT},
         _alpaca_preference,
-        {"input": TEXT, "system": TEXT, "history": _LIST},
+        {"input": TEXT, "system": TEXT, "history": LIST},
     ),
     "sharegpt_preference": Format(
         "ShareGPT with chosen and rejected turns (LLaMA-Factory)",

@@ -7,13 +7,17 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 
-from tailor.data.formats import FORMATS, SAID, Fields, Format, openai_chat, said_turns, sharegpt
+from tailor.data.dataset import NO_TEMPLATES
+from tailor.data.formats import FORMATS, Fields, Format, openai_chat, said_turns, sharegpt
+from tailor.data.kinds import SAID
 from tailor.data.readers import Reading, read_rows
 from tailor.data.records import Comparison, Conversation, Judged, Rated, Record, conversation, prompt_of
 from tailor.data.rows import RowError
+from tailor.data.task_rows import FIELDS, with_templates
 from tailor.data.turns import check_order
 from tailor.errors import DataError
 from tailor.text.messages import Message, user
+from tailor.text.template import Templates
 
 
 def _prompt(row: Fields) -> Record:
@@ -39,12 +43,16 @@ def read_prompts(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
+    templates: Templates = NO_TEMPLATES,
 ) -> Reading:
     """All rows of a data file that is to be answered, in its order; `question_of` gives each one's turns.
 
-    Settings and errors are those of `read_records`, and DataError for rows of a kind that asks nothing.
+    Settings and errors are those of `read_records`, and DataError for rows of a kind that asks nothing. `templates` are
+    those of the tasks that will answer.
     """
-    reading = read_rows(path, PROMPT_FORMATS, format=format, columns=columns, skip_bad_rows=skip_bad_rows)
+    formats = with_templates(PROMPT_FORMATS, templates, training=False)
+    format = FIELDS if format == "auto" and FIELDS in formats else format
+    reading = read_rows(path, formats, format=format, columns=columns, skip_bad_rows=skip_bad_rows)
     for record in reading.records:
         question_of(record)
     return reading

@@ -114,7 +114,13 @@ class _Opened:
         return partial(_record, str(self.container.path), self.formats[detection.format], self.columns)
 
     def key(self, digest: str) -> str:
-        return cache_key("records", digest, self.format, dict(self.columns), sorted(self.formats))
+        return cache_key(
+            "records",
+            digest,
+            self.format,
+            dict(self.columns),
+            sorted((n, f.made_from) for n, f in self.formats.items()),
+        )
 
 
 _Read = tuple[Detection, Sequence[Record], tuple[BadRow, ...]]

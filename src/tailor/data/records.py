@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tailor.text.messages import Message, assistant, user
+from tailor.text.messages import Message, assistant
+from tailor.text.template import TASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion(Record):
-    """The home format: `{"prompt": …, "completion": …}`."""
+    """The home format: `{"prompt": …, "completion": …}`. `fields`: what the prompt was put together from, by name."""
 
     prompt: str
     completion: str
+    fields: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,20 @@ def conversation(record: Record) -> tuple[Message, ...]:
     Raises TypeError for records without one (documents, comparisons): an objective that consumes those says so.
     """
     if isinstance(record, PromptCompletion):
-        return (user(record.prompt), assistant(record.completion))
+        return (Message("user", record.prompt, fields=record.fields or _task(record)), assistant(record.completion))
     if isinstance(record, Conversation):
-        return record.messages
+        return _for_task(record.messages, _task(record))
     raise TypeError(f"{type(record).__name__} has no single completion")
+
+
+def _task(record: Record) -> tuple[tuple[str, str], ...]:
+    """The task that the row names in its column, as a field of its question."""
+    task = record.meta.get(TASK)
+    return ((TASK, task),) if isinstance(task, str) else ()
+
+
+def _for_task(said: tuple[Message, ...], task: tuple[tuple[str, str], ...]) -> tuple[Message, ...]:
+    return tuple(replace(m, fields=task) if m.role == "user" and not m.fields else m for m in said) if task else said
 
 
 def prompt_of(record: Record) -> tuple[Message, ...]:

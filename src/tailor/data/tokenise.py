@@ -66,4 +66,9 @@ def _key(records: StoredRecords, rendering: Rendering, made_by: Sequence[Any] | 
     if made_by is None or tokenizer is None:
         return None
     limits = (rendering.max_seq_len, rendering.trained_turns, rendering.truncation, list(rendering.prefix_ids))
-    return cache_key("tokens", records.key, type(rendering.renderer).__name__, tokenizer, *limits, list(made_by))
+    tasks = [
+        [name, list(prompt.ids), prompt.template and prompt.template.model_dump(mode="json")]
+        for name, prompt in rendering.tasks.items()
+    ]
+    own = (*limits, tasks, rendering.task, rendering.training)
+    return cache_key("tokens", records.key, type(rendering.renderer).__name__, tokenizer, *own, list(made_by))

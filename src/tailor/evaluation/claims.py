@@ -161,12 +161,12 @@ def _parameters(row: Row, found: _Measured) -> _Finding:
 
 def _latency(row: Row, found: _Measured) -> _Finding:
     keys = {"time_to_first_token": "to the first token", "seconds_per_token": "per token"}
-    found = _extra(row, keys, "time")
+    finding = _extra(row, keys, "time")
     shared = ((row["inference"] or {}).get("ratio") or {}).get("time_to_first_shared")
-    if shared is None or found.measured is None:
-        return found
-    text = f"{found.measured}; once what requests begin with is computed, {shared:.2f} × to the first token"
-    return replace(found, measured=text)
+    if shared is None or finding.measured is None:
+        return finding
+    text = f"{finding.measured}; once what requests begin with is computed, {shared:.2f} × to the first token"
+    return replace(finding, measured=text)
 
 
 def _computation(row: Row, found: _Measured) -> _Finding:

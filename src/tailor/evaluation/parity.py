@@ -205,7 +205,8 @@ def twin(base: Base, dtype: torch.dtype) -> Base:
 
     Trained parameters keep their own (fp32) values and are cast where they are used, as always.
     """
-    shared = [base.tokenizer, base.renderer, *(s.compose for s in base.host.slots.values())]
+    shared = [base.tokenizer, base.renderer]
+    shared += [own for slot in base.host.slots.values() for own in (slot.compose, slot.renderer)]
     double = copy.deepcopy(base, {id(item): item for item in shared})
     double.model.to(dtype)
     plain_experts(double.model)
@@ -257,7 +258,7 @@ def _feed(base: Base, slot: Slot | None, rows: Sequence[_Forced]) -> None:
     with base.host.run(plan):
         hidden = base.hidden(plan, torch.tensor(ids, device=base.device), torch.tensor(positions, device=base.device))
         last = torch.tensor([segment.end - 1 for segment in segments], device=base.device)
-        logprobs = base.head.logits(hidden[last]).log_softmax(dim=1).cpu()
+        logprobs = base.logits_at(plan, hidden, last).log_softmax(dim=1).cpu()
     for k, row in enumerate(rows):
         row.fed += segments[k].length
         if row.fed < len(row.token_ids) and row.counted[row.fed]:

@@ -285,7 +285,8 @@ def forgetting(
     """
     slots = {name: slot if (slot := backend.slot(name)) and slot.parameters else None for name in names}
     virtual = {slot: slot.virtual_ids if slot else () for slot in slots.values()}
-    windows = _windows(backend, texts, max(map(len, virtual.values()), default=0))
+    taken = [len(slot.virtual_ids) + slot.num_prefix for slot in slots.values() if slot]
+    windows = _windows(backend, texts, max(taken, default=0))
     found: dict[Slot | None, Forgetting] = {}
     for name, slot in slots.items():
         if slot in found:

@@ -33,13 +33,15 @@ GREEDY = SamplingParams()
 class Request:
     """A conversation to continue. `artifact` names an attached customization; None is the plain base.
 
-    `tools` are JSON schemas for the base's chat template.
+    `tools` are JSON schemas for the base's chat template. `task` names one of a prompt table's; without it, it is the
+    one that the last user turn's fields name, or the only one.
     """
 
     messages: tuple[Message, ...]
     artifact: str | None = None
     sampling: SamplingParams = GREEDY
     tools: tuple[Mapping[str, Any], ...] = ()
+    task: str | None = None
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Engine:
         device = self.base.device
         with self.base.host.run(plan):
             hidden = self.base.hidden(plan, torch.tensor(ids, device=device), torch.tensor(positions, device=device))
-            return self.base.head.logits(hidden[torch.tensor([s.end - 1 for s in segments], device=device)])
+            return self.base.logits_at(plan, hidden, torch.tensor([s.end - 1 for s in segments], device=device))
 
     def _context(self, sequence: Running) -> int:
         return self.base.room(self.base.host.slots.get(sequence.slot))

@@ -39,12 +39,21 @@ class Customized:
         """What requests call it: None for a base or a model of its own."""
         return self.artifact.name if self.artifact is not None and self.slot is not None else None
 
-    def generate(self, prompt: Prompt, *, tools: Tools = (), **sampling: Any) -> str:
-        """The answer's text; `sampling` are SamplingParams (max_new_tokens, temperature, seed, …)."""
-        return self.complete([prompt], tools=[tools], **sampling)[0].text
+    def generate(self, prompt: Prompt, *, tools: Tools = (), task: str | None = None, **sampling: Any) -> str:
+        """The answer's text; `sampling` are SamplingParams (max_new_tokens, temperature, seed, …).
+
+        `task` is one of a prompt table's. What is asked of a task whose template has other fields than `{prompt}` is a
+        JSON object of them.
+        """
+        return self.complete([prompt], tools=[tools], task=task, **sampling)[0].text
 
     def complete(
-        self, prompts: Sequence[Prompt], *, tools: Sequence[Tools] | None = None, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tools: Sequence[Tools] | None = None,
+        task: str | None = None,
+        **sampling: Any,
     ) -> list[Completion]:
         """One completion per prompt, generated together.
 
@@ -54,21 +63,36 @@ class Customized:
         params = SamplingParams(**sampling)
         offered = [()] * len(prompts) if tools is None else tools
         requests = [
-            Request(as_messages(prompt), self.name, params.model_copy(update={"seed": params.seed + k}), tuple(schemas))
+            Request(
+                as_messages(prompt),
+                self.name,
+                params.model_copy(update={"seed": params.seed + k}),
+                tuple(schemas),
+                task,
+            )
             for k, (prompt, schemas) in enumerate(zip(prompts, offered, strict=True))
         ]
         return self.backend.generate(requests)
 
 
-def load(name: str | Path, base: str | Base | None = None, *, device: str = "auto", dtype: str = "auto") -> Customized:
-    """An artifact by name or folder (a PEFT folder will do), or a base by name.
+def load(
+    name: str | Path,
+    base: str | Base | None = None,
+    *,
+    task: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+) -> Customized:
+    """An artifact by name or folder (a PEFT folder will do), or a base by name; with `task` one of a prompt table's.
 
-    `base` overrides where the artifact's base is found, or passes one that is loaded already. Raises NotFoundError,
-    and ConflictError when the base's weights are not those the artifact was made on.
+    `base` overrides where the artifact's base is found, or passes one that is loaded already. An artifact's base is
+    quantised when it was in training, a model of its own and a base by name when `quantize` says so. Raises
+    NotFoundError, and ConflictError when the base's weights are not those the artifact was made on.
     """
-    artifact = _find_or_none(name)
+    artifact = find_or_none(name, task)
     if artifact is None:
-        loaded = load_base(name, device, dtype)
+        loaded = load_base(name, device, dtype, quantize)
         return Customized(loaded, LocalBackend(loaded))
     if artifact.is_base:
         if base is not None:
@@ -76,7 +100,7 @@ def load(name: str | Path, base: str | Base | None = None, *, device: str = "aut
                 f"artifact {artifact.name!r} is a model of its own ({artifact.kind}): no other base goes under it",
                 hint="load it without a base",
             )
-        loaded = load_base(artifact.folder, device, dtype if dtype != "auto" else _trained_dtype(artifact))
+        loaded = load_base(artifact.folder, device, dtype if dtype != "auto" else _trained_dtype(artifact), quantize)
         return Customized(loaded, LocalBackend(loaded), artifact)
     if isinstance(base, Base):
         loaded = base
@@ -84,7 +108,8 @@ def load(name: str | Path, base: str | Base | None = None, *, device: str = "aut
         where = str(base or artifact.base_name)
         if not where:
             raise ConfigError(f"{artifact.folder} does not say which base it is for", hint="name it with --base")
-        loaded = load_base(where, device, dtype if dtype != "auto" else _trained_dtype(artifact))
+        quantize = quantize or artifact.manifest["base"].get("quantize")
+        loaded = load_base(where, device, dtype if dtype != "auto" else _trained_dtype(artifact), quantize)
     slot = attach(loaded, artifact)
     return Customized(loaded, LocalBackend(loaded, {artifact.name: slot}), artifact, slot)
 
@@ -94,15 +119,21 @@ def _trained_dtype(artifact: Artifact) -> str:
     return str(artifact.manifest["base"].get("dtype", "auto"))
 
 
-def _find_or_none(name: str | Path) -> Artifact | None:
-    """The artifact; None when the name is a base's. Raises NotFoundError when it is neither."""
+def find_or_none(name: str | Path, task: str | None = None) -> Artifact | None:
+    """The artifact, or the task of it (the only one when none is named); None when the name is a base's.
+
+    Raises NotFoundError when it is neither, or has no such task.
+    """
     try:
-        return find(name)
+        artifact = find(name)
     except NotFoundError as error:
         text = str(name)
-        if text in EMBEDDED or Path(text).expanduser().is_dir() or text.count("/") == 1:
-            return None
-        raise NotFoundError(f"there is no artifact or base {text!r}", hint=error.hint) from None
+        if not (text in EMBEDDED or Path(text).expanduser().is_dir() or text.count("/") == 1):
+            raise NotFoundError(f"there is no artifact or base {text!r}", hint=error.hint) from None
+        if task is not None:
+            raise NotFoundError(f"base {text!r} has no task {task!r}: tasks are in prompt tables") from None
+        return None
+    return artifact if task is None and len(artifact.tasks) > 1 else artifact.of_task(task)
 
 
 def as_messages(prompt: Prompt) -> tuple[Message, ...]:

@@ -17,7 +17,6 @@ from tailor.models.base import Base
 from tailor.models.plan import Plan
 from tailor.models.slots import BASE_SLOT, Slot
 from tailor.text.messages import Message, user
-from tailor.text.render import before_stop
 
 
 class LocalBackend:
@@ -36,12 +35,9 @@ class LocalBackend:
             raise NotFoundError(f"no customization {artifact!r} is attached", hint=nearest(artifact, self.slots))
         return self.slots[artifact]
 
-    def rendering(self, artifact: str | None) -> Rendering:
-        """How prompts become tokens for this customization."""
-        slot = self.slot(artifact)
-        if slot is None:
-            return Rendering(self.base.renderer, self.base.max_seq_len)
-        return Rendering(self.base.renderer, self.base.room(slot), slot.virtual_ids, slot.compose)
+    def rendering(self, artifact: str | None, task: str | None = None) -> Rendering:
+        """How prompts become tokens for this customization, or for one of its tasks."""
+        return self.base.rendering(self.slot(artifact), task=task)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """One completion per request, in order; `progress` is told how many are complete."""
@@ -51,16 +47,15 @@ class LocalBackend:
 
     def _running(self, request: Request) -> Running:
         slot = self.slot(request.artifact)
-        prompt_ids = self.rendering(request.artifact).prompt(request.messages, request.tools)
+        rendering = self.rendering(request.artifact, request.task)
+        prompt_ids = rendering.prompt(request.messages, request.tools, request.sampling.max_new_tokens)
         stop = request.sampling.stop
-        ended = (lambda ids: _first_stop(self._text(ids), stop) is not None) if stop else (lambda ids: False)
+        parse = rendering.renderer.parse
+        ended = (lambda ids: _first_stop(parse(ids).content, stop) is not None) if stop else (lambda ids: False)
         return Running(prompt_ids, slot.number if slot else BASE_SLOT, request.sampling, ended)
 
-    def _text(self, token_ids: Sequence[int]) -> str:
-        return self.base.renderer.parse(before_stop(token_ids, self.base.renderer.stop)).content
-
     def _completion(self, request: Request, sequence: Running) -> Completion:
-        text = self._text(sequence.token_ids)
+        text = self.rendering(request.artifact, request.task).renderer.parse(sequence.token_ids).content
         cut = _first_stop(text, request.sampling.stop)
         text = text if cut is None else text[:cut]
         slot = self.slot(request.artifact)
@@ -82,11 +77,10 @@ class LocalBackend:
         placed = []
         for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             slot = self.slot(request.artifact)
-            turns = (*self.rendering(request.artifact).messages(request.messages), Message("assistant", completion))
-            rendered = self.base.renderer.example(
-                turns, tools=request.tools, trained_turns="last", prefix_ids=slot.virtual_ids if slot else ()
-            )
-            group = groups.setdefault(repr((request.artifact, request.messages, request.tools)), len(groups))
+            rendering = self.rendering(request.artifact, request.task)
+            rendered = rendering.answered(request.messages, Message("assistant", completion), request.tools)
+            asked = (request.artifact, request.task, request.messages, request.tools)
+            group = groups.setdefault(repr(asked), len(groups))
             example = Example(rendered.token_ids, rendered.loss_mask, group)
             placed.append(Placed(example, slot.number if slot else BASE_SLOT, index))
         scores: list[Tensor] = [torch.empty(0)] * len(placed)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tailor.data.examples import Rendering, Truncation
 from tailor.data.packing import Batch, Segment
-from tailor.errors import ConfigError, ResourceError
+from tailor.errors import ConfigError, ResourceError, nearest
 from tailor.models import attention
 from tailor.models.attention import ATTENTION
 from tailor.models.files import fingerprint, resolve, weight_files
 from tailor.models.fused import fuse
 from tailor.models.host import SlotHost
 from tailor.models.loss_head import Head, token_logprobs
+from tailor.models.nf4 import nf4_layers
 from tailor.models.placement import placement_of, read_config
 from tailor.models.plan import Plan
+from tailor.models.quantised import QUANTISED, load_quantised
 from tailor.models.slots import Slot
-from tailor.text.render import Renderer, make_renderer
+from tailor.text.render import Renderer, TrainedTurns, make_renderer
 from tailor.text.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -49,7 +53,11 @@ class Base:
         self.fingerprint = base_print
         self.host = SlotHost(model, placement_of(self.config), tokenizer)
         self.max_seq_len = context_length(self.config)
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        quantised = nf4_layers(model)
+        self.quantize = QUANTISED[0] if quantised else None
+        self.num_parameters = sum(p.numel() for p in model.parameters()) + sum(
+            q.num_weights for q in quantised.values()
+        )
         self._decoder: nn.Module = model.base_model  # type: ignore[assignment]
 
     @property
@@ -62,6 +70,43 @@ class Base:
             scale=1.0 / float(getattr(self.config, "logits_scaling", 1.0) or 1.0),
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
+
+    def head_of(self, slot: int) -> Head:
+        """The loss head as a slot has it: with the columns of its own words, if it has some."""
+        own = self.host.slots[slot].new_rows if slot in self.host.slots else None
+        return self.head if own is None else replace(self.head, new=own.head, first=own.first)
+
+    def _heads(self, plan: Plan) -> list[tuple[Head, int, int]]:
+        """(head, start, end) of the plan's tokens in order; what has no words of its own is not cut apart."""
+        found: list[tuple[Head, int, int]] = []
+        for span in plan.spans:
+            head = self.head_of(span.slot)
+            if found and head.new is None and found[-1][0].new is None:
+                found[-1] = (found[-1][0], found[-1][1], span.end)
+            else:
+                found.append((head, span.start, span.end))
+        return found
+
+    def target_logprobs(self, plan: Plan, hidden: Tensor, counted: Tensor, targets: Tensor) -> Tensor:
+        """(N,) logprobs of `targets` (N,) after the pass's hidden states (T, H) at its N `counted` tokens (T,)."""
+        heads = self._heads(plan)
+        if len(heads) == 1:
+            return token_logprobs(hidden[counted], heads[0][0], targets)
+        sizes = [int(counted[start:end].sum()) for _, start, end in heads]
+        parts = zip(heads, targets.split(sizes), strict=True)
+        return torch.cat([token_logprobs(hidden[a:b][counted[a:b]], head, wanted) for (head, a, b), wanted in parts])
+
+    def logits_at(self, plan: Plan, hidden: Tensor, places: Tensor) -> Tensor:
+        """(n, V) logits at some of the pass's tokens, in ascending order.
+
+        With slots that have words of their own, V is the most that any of them has, and -inf is what others have not.
+        """
+        heads = self._heads(plan)
+        if len(heads) == 1:
+            return heads[0][0].logits(hidden[places])
+        width = max(head.num_logits for head, _, _ in heads)
+        parts = [head.logits(hidden[places[(places >= a) & (places < b)]]) for head, a, b in heads]
+        return torch.cat([nn.functional.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in parts])
 
     def hidden(self, plan: Plan, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Packed (T,) ids and positions → (T, H). Must be called inside `host.run(plan)`.
@@ -76,7 +121,7 @@ class Base:
         if offsets:  # a prefix takes the first positions, as the past of a cache would
             lengths = torch.tensor([span.end - span.start for span in plan.spans], device=position_ids.device)
             shifts = torch.tensor([offsets.get(span.slot, 0) for span in plan.spans], device=position_ids.device)
-            position_ids = position_ids + shifts.repeat_interleave(lengths)
+            position_ids = position_ids + shifts.repeat_interleave(lengths, output_size=len(position_ids))
         output = self._decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -84,7 +129,7 @@ class Base:
         """(N,) logprobs of the batch's N counted targets, in token order. Must be called inside `host.run(plan)`."""
         hidden = self.hidden(plan, batch.input_ids.to(self.device), batch.position_ids.to(self.device))
         counted = batch.loss_mask.to(self.device)
-        return token_logprobs(hidden[counted], self.head, batch.targets.to(self.device)[counted])
+        return self.target_logprobs(plan, hidden, counted, batch.targets.to(self.device)[counted])
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
@@ -102,40 +147,75 @@ class Base:
         """Tokens that a sequence of this slot may have, its virtual tokens counted: the context less its prefix."""
         return self.max_seq_len - (slot.num_prefix if slot else 0)
 
+    def rendering(
+        self,
+        slot: Slot | None = None,
+        *,
+        task: str | None = None,
+        max_seq_len: int | None = None,
+        trained_turns: TrainedTurns = "all",
+        truncation: Truncation = "error",
+        training: bool = False,
+    ) -> Rendering:
+        """How rows and prompts become tokens for a slot, None being the plain base: the one place that knows.
+
+        `max_seq_len` is held to the room that the slot leaves; `task` is one of a slot with several.
+        """
+        room = self.room(slot)
+        return Rendering(
+            slot.renderer or self.renderer if slot else self.renderer,
+            min(max_seq_len or room, room),
+            compose=slot.compose if slot else None,
+            trained_turns=trained_turns,
+            truncation=truncation,
+            tasks=dict(slot.prompts) if slot else {},
+            task=task,
+            training=training,
+        )
+
     @torch.no_grad()
     def logits(self, token_ids: list[int], slot: int = 0) -> Tensor:
         """(T, V) logits of one sequence in fp32: for tests, probes and verification."""
         plan = Plan.of([Segment(0, len(token_ids), slot)])
         with self.host.run(plan):
             ids = torch.tensor(token_ids, device=self.device)
-            return self.head.logits(self.hidden(plan, ids, torch.arange(len(token_ids), device=self.device)))
+            hidden = self.hidden(plan, ids, torch.arange(len(token_ids), device=self.device))
+            return self.head_of(slot).logits(hidden)
 
 
-def load_base(name_or_path: str | Path = "tailor-nano", device: str = "auto", dtype: str = "auto") -> Base:
+def load_base(
+    name_or_path: str | Path = "tailor-nano", device: str = "auto", dtype: str = "auto", quantize: str | None = None
+) -> Base:
     """Load `tailor-nano` (embedded), a local folder, or a hub id (downloaded once, because you named it).
 
     `device`: auto, cpu, cuda, mps. `dtype`: auto is bfloat16 on a GPU that has it and float32 elsewhere. Safetensors
-    only; code that ships with a model is never run. Raises NotFoundError, AuthError, ConfigError, and ResourceError
-    when the weights do not fit into memory.
+    only; code that ships with a model is never run. `quantize: nf4` keeps the decoder's linear layers in 4 bits (QLoRA;
+    everything else in `dtype`). Raises NotFoundError, AuthError, ConfigError, and ResourceError when the weights do not
+    fit into memory.
     """
     from transformers import AutoModelForCausalLM
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
+    if quantize is not None and quantize not in QUANTISED:
+        raise ConfigError(f"quantize: {quantize!r} is unknown", hint=nearest(quantize, QUANTISED))
     config = read_config(resolve(name_or_path, weights=False))  # refused before gigabytes are downloaded
     folder = resolve(name_or_path)
     quiet_loading(folder)
     attention.register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=kind,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        if quantize is not None:
+            model = load_quantised(folder, config, where, kind)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=kind,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         return wrap_model(model, load_tokenizer(folder), where, name=str(name_or_path), folder=folder)
     except (RuntimeError, MemoryError, OSError) as error:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):

@@ -5,7 +5,7 @@ Hooks, not wrappers: the modules inside a block keep their names, and the model'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,16 @@ class BlockDelta:
 
 
 class SlotBlock:
-    """Stands on a block: `entry` is the module whose input is the block's, `exit` the one whose output is."""
+    """Stands on a block: `entry` is the module whose input is the block's, `exit` the one whose output is.
 
-    def __init__(self, name: str, entry: nn.Module, exit: nn.Module, host: SlotHost) -> None:
+    `linears` names those of the two that are wrapped linear layers: the wrappers stay as long as this does.
+    """
+
+    def __init__(
+        self, name: str, entry: nn.Module, exit: nn.Module, host: SlotHost, linears: Sequence[str] = ()
+    ) -> None:
         self.name = name
+        self.linears = tuple(linears)
         self.deltas: dict[int, list[BlockDelta]] = {}
         self.slot_host = host
         self._input: Tensor | None = None

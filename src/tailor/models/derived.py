@@ -54,6 +54,7 @@ class Baked:
         shape: Sequence[int],
         start: Callable[[], Mapping[str, Tensor]],
         compute: Callable[[Mapping[str, Tensor]], Tensor],
+        rate: float,
     ) -> None:
         self._slot = slot
         self._owner = slot.attaching
@@ -64,7 +65,7 @@ class Baked:
         if slot.baked:
             self._stand_alone(torch.zeros(*shape))
             return
-        self._training = {key: slot.new_parameter(key, value) for key, value in start().items()}
+        self._training = {key: slot.new_parameter(key, value, rate) for key, value in start().items()}
         self._rows = Derived(slot, lambda: compute(self._training), list(self._training.values()))
 
     def __call__(self) -> Tensor:

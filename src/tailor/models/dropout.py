@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tailor.models.host import SlotHost
     from tailor.models.plan import Plan, Span
+    from tailor.models.slots import Slot
 
 
 def keep_mask(host: SlotHost, plan: Plan, span: Span, name: str, dropout: float, like: Tensor) -> Tensor:
@@ -28,6 +29,20 @@ def keep_mask(host: SlotHost, plan: Plan, span: Span, name: str, dropout: float,
             noise = torch.rand(segment.length, like.shape[-1], generator=generator, device=like.device)
             masks.append((noise >= dropout).to(like.dtype))
     return torch.cat(masks) / (1.0 - dropout)
+
+
+def keep_mask_of_step(slot: Slot, name: str, dropout: float, like: Tensor) -> Tensor | None:
+    """A mask like `like` for what a slot computes once per pass, divided by the keep probability; None: keep all.
+
+    Drawn from (slot seed, step, `name`), so that all micro-batches of a step see the same. Only training passes drop.
+    """
+    plan = slot.host.plan
+    if not dropout or plan is None or not plan.training:
+        return None
+    key = f"{slot.seed}/{plan.steps.get(slot.number, 0)}/{name}"
+    generator = torch.Generator(like.device).manual_seed(stable_seed(key))
+    noise = torch.rand(like.shape, generator=generator, device=like.device)
+    return (noise >= dropout).to(like.dtype) / (1.0 - dropout)
 
 
 def stable_seed(key: str) -> int:

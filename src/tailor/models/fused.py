@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tailor.models.nf4 import NF4Linear
+
 CHUNK = 1 << 17
 """Numbers per chunk of a norm: its float32 copies stay in the core's own cache."""
 
@@ -161,7 +163,7 @@ def _fused_norm(module: nn.Module) -> Callable[..., Any] | None:
 def _fused_mlp(module: nn.Module) -> Callable[..., Any] | None:
     """down(silu(gate(x)) · up(x)), when that is what this module computes."""
     parts = {"gate_proj": (6, 4), "up_proj": (6, 4), "down_proj": (4, 6)}
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in parts):
+    if not all(isinstance(getattr(module, name, None), nn.Linear | NF4Linear) for name in parts):
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Any:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tailor.errors import ConflictError
+from tailor.data.packing import Segment
+from tailor.errors import ConfigError, ConflictError
+from tailor.models.attention import KVCache
 from tailor.models.block import SlotBlock
 from tailor.models.embedding import SlotEmbedding
 from tailor.models.linear import SlotLinear, is_linear
 from tailor.models.placement import Block, Placement
+from tailor.models.plan import Plan
 from tailor.models.prefix import Prefix
 from tailor.models.slots import ALONE, BASE_SLOT, Slot
 from tailor.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from tailor.models.plan import Plan
 
 
 class SlotHost:
@@ -71,21 +71,25 @@ class SlotHost:
 
     def detach(self, slot: Slot) -> None:
         """Remove the slot; wrappers that nobody needs any more go with it. A `full` slot keeps the host for itself."""
-        for module_name in slot.deltas:
-            wrapper = self._linears[module_name]
-            wrapper.deltas.pop(slot.number, None)
-            if not wrapper.deltas:
-                self._replace(module_name, wrapper.base)
-                del self._linears[module_name]
+        freed = list(slot.deltas)
         for name in slot.blocks:
             block = self._blocks[name]
             block.deltas.pop(slot.number, None)
             if not block.deltas:
                 block.remove()
+                freed += block.linears
                 del self._blocks[name]
+        held = {module_name for block in self._blocks.values() for module_name in block.linears}
+        for module_name in dict.fromkeys(freed):
+            wrapper = self._linears[module_name]
+            wrapper.deltas.pop(slot.number, None)
+            if not wrapper.deltas and module_name not in held:
+                self._replace(module_name, wrapper.base)
+                del self._linears[module_name]
         if self._embedding is not None:
             self._embedding.tables.pop(slot.number, None)
-            if not self._embedding.tables:
+            self._embedding.words.pop(slot.number, None)
+            if not (self._embedding.tables or self._embedding.words):
                 self._replace(self.placement.embedding(self.model), self._embedding.base)
                 self._embedding = None
         self.slots.pop(slot.number, None)
@@ -146,17 +150,58 @@ class SlotHost:
 
     def wrap_block(self, block: Block, layer: int) -> SlotBlock:
         """What stands on a block, made on first need."""
-        entry, leave = self.placement.block(self.model, block, layer)
         name = f"{self.placement.layers(self.model)}.{layer}.{block}"
         if name not in self._blocks:
-            modules = self.model.get_submodule(entry), self.model.get_submodule(leave)
-            self._blocks[name] = SlotBlock(name, *modules, self)
+            ends = self.placement.block(self.model, block, layer)
+            # OPT's MLP is two linear layers: their wrappers, which may come and go, are what the model calls
+            linears = [end for end in dict.fromkeys(ends) if is_linear(self.model.get_submodule(end))]
+            for linear in linears:
+                self.wrap_linear(linear)
+            entry, leave = (self.model.get_submodule(end) for end in ends)
+            self._blocks[name] = SlotBlock(name, entry, leave, self, linears)
         return self._blocks[name]
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.model.get_submodule(self.placement.layers(self.model)))  # type: ignore[arg-type]
+
+    def layer_numbers(self, chosen: Sequence[int] | None) -> list[int]:
+        """The chosen decoder layers in order, all for None. Raises ConfigError for one that is not there."""
+        if chosen is None:
+            return list(range(self.num_layers))
+        if absent := sorted(set(chosen) - set(range(self.num_layers))):
+            last = self.num_layers - 1
+            raise ConfigError(f"target_layers: there is no layer {absent[0]}; layers are 0 to {last}")
+        return sorted(set(chosen))
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(L, G, D): decoder layers, key/value heads, head size.
+
+        As the attention modules have them: a config may carry numbers that its architecture does not read.
+        """
+        block = self.model.get_submodule(self.placement.block(self.model, "attention", 0)[0])
+        module = next(m for m in block.modules() if hasattr(m, "layer_idx"))
+        size = getattr(module, "head_dim", None) or module.head_size
+        groups = self.model.config.num_attention_heads // getattr(module, "num_key_value_groups", 1)  # type: ignore[union-attr, operator]
+        return self.num_layers, int(groups), int(size)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def keys_values(self, token_ids: Sequence[int]) -> Tensor:
+        """(L, 2, G, S, D) keys and values that the plain base computes for a sequence, in a pass of its own.
+
+        Without numbers on the meta device.
+        """
+        cache, num = KVCache(), len(token_ids)
+        if self.device.type == "meta":
+            layers, groups, size = self.kv_shape
+            return torch.empty(layers, 2, groups, num, size, dtype=self.dtype, device=self.device)
+        positions = torch.arange(num, device=self.device)
+        with self.run(Plan.of([Segment(0, num, BASE_SLOT)], caches=[cache])):
+            decoder: nn.Module = self.model.base_model  # type: ignore[assignment]
+            decoder(inputs_embeds=self.embed(token_ids)[None], position_ids=positions[None], use_cache=False)
+        return cache.layers()
 
     def wrap_embedding(self) -> SlotEmbedding:
         """The wrapper of the input embedding, made on first need."""
@@ -171,8 +216,19 @@ class SlotHost:
         module = self.model.get_submodule(self.placement.embedding(self.model))
         return min(self.tokenizer.vocab_size, int(module.num_embeddings)), int(module.embedding_dim)  # type: ignore[arg-type]
 
+    def word_weights(self) -> tuple[Tensor, Tensor]:
+        """(V, H) weights of the embedding and of the head, the same tensor where they are tied."""
+        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        return embedding.weight, head.weight  # type: ignore[return-value]
+
     def embedding_rms(self) -> float:
-        """Root mean square of the word embeddings as the model sees them, over at most 4,096 words."""
+        """Root mean square of the word embeddings as the model sees them, over at most 4,096 words.
+
+        1 on the meta device, where there are no numbers.
+        """
+        if self.device.type == "meta":
+            return 1.0
         vocabulary, _ = self.embedding_shape()
         sample = self.embed(range(0, vocabulary, -(-vocabulary // 4096)))
         return float(sample.float().pow(2).mean().sqrt())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tailor.models.dropout import keep_mask
+from tailor.models.nf4 import NF4Linear
 
 if TYPE_CHECKING:
     from tailor.models.host import SlotHost
@@ -132,7 +133,11 @@ class SlotLinear(nn.Module):
         assert x.numel() == plan.segments[-1].end * self.in_features, "these are not the plan's tokens"
         tensors: list[Tensor] = []
         parts = [self._part(plan, span, tensors, x) for span in touched]
-        weight = self.weight.t() if self.transposed else self.weight
+        weight: Tensor | NF4Linear
+        if isinstance(self.base, NF4Linear):
+            weight = self.base
+        else:
+            weight = self.weight.t() if self.transposed else self.weight
         flat = _SlotAffine.apply(x.reshape(-1, self.in_features), weight, self.bias, parts, *tensors)  # type: ignore[no-untyped-call]
         return flat.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
@@ -175,8 +180,9 @@ class _SlotAffine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[_Part], *tensors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor | NF4Linear, bias: Tensor | None, parts: Sequence[_Part], *tensors: Tensor
     ) -> Tensor:
+        ctx.layer = weight if isinstance(weight, NF4Linear) else None
         narrow = [tensor.to(x.dtype) for tensor in tensors]
         scaled = x
         if any(part.input_scale >= 0 for part in parts):
@@ -184,7 +190,7 @@ class _SlotAffine(torch.autograd.Function):
             for part in parts:
                 if part.input_scale >= 0:
                     scaled[part.rows] *= narrow[part.input_scale]
-        y = nn.functional.linear(scaled, weight, bias)
+        y = nn.functional.linear(scaled, weight.dense() if isinstance(weight, NF4Linear) else weight, bias)
         kept: list[Tensor] = []
         for part in parts:
             rows, out = x[part.rows], y[part.rows]
@@ -202,7 +208,8 @@ class _SlotAffine(torch.autograd.Function):
                 out += narrow[part.bias]
         ctx.parts = parts
         ctx.num_tensors = len(tensors)
-        ctx.save_for_backward(x, weight, *tensors, *kept)
+        # a quantised weight is computed again: kept, those of all layers would be the whole base once more
+        ctx.save_for_backward(x, weight if isinstance(weight, Tensor) else None, *tensors, *kept)
         return y
 
     @staticmethod
@@ -232,6 +239,7 @@ class _SlotAffine(torch.autograd.Function):
                 grads[low.a] = (grad_inner.t() @ rows).to(a.dtype)
                 grads[low.b] = (low.scale * (rows_grad.t() @ inner)).to(b.dtype)
                 low_grads.append((part, low, grad_inner))
+        weight = weight if ctx.layer is None else ctx.layer.dense()
         grad_x = through @ weight if needs_x else None
         for part in parts:
             if part.input_scale >= 0:
@@ -254,18 +262,26 @@ def _sum(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (I, O)."""
+    """transformers' Conv1D (GPT-2), quantised or not: a linear layer whose weight is stored (I, O)."""
+    if isinstance(module, NF4Linear):
+        return module.transposed
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
     """A layer that a LinearDelta can sit on."""
-    return isinstance(module, nn.Linear | SlotLinear) or is_conv1d(module)
+    return isinstance(module, nn.Linear | SlotLinear | NF4Linear) or is_conv1d(module)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
-    """(in, out) sizes of a Linear, Conv1D or SlotLinear."""
-    if is_conv1d(module):
+    """(in, out) sizes of a Linear, Conv1D, NF4Linear or SlotLinear."""
+    if is_conv1d(module) and not isinstance(module, NF4Linear):
         size_in, size_out = module.weight.shape  # type: ignore[misc]
         return int(size_in), int(size_out)
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """(O, I): the weight of such a layer, a wrapped one's too; computed anew where it is quantised."""
+    base = module.base if isinstance(module, SlotLinear) else module
+    return base.weight.t() if is_conv1d(base) else base.weight  # type: ignore[operator, return-value]

@@ -19,10 +19,14 @@ from tailor.models.derived import Baked, Derived, T
 from tailor.models.dropout import stable_seed
 from tailor.models.embedding import VirtualTokens
 from tailor.models.linear import LinearDelta
+from tailor.models.new_tokens import NewRows
+from tailor.models.nf4 import nf4_layers
 from tailor.models.placement import Block
 from tailor.models.prefix import Prefix
 from tailor.text.messages import Message
-from tailor.text.tokenizer import VIRTUAL
+from tailor.text.render import Renderer, make_renderer
+from tailor.text.template import TaskPrompt, Template
+from tailor.text.tokenizer import VIRTUAL, Tokenizer
 
 if TYPE_CHECKING:
     from tailor.models.host import SlotHost
@@ -43,7 +47,8 @@ class Slot:
     Techniques fill it in `attach` through `new_parameter` and `add_delta`, `add_block`, `add_virtual_tokens`,
     `add_prefix`, `own` and `compose`. `owners` tells whose a parameter is, `rates` multiples of the learning rate.
     `baked`: what only trains (encoders) is not there; `num_dropped` is how many parameters that were. `revision` counts
-    changes of the parameters that torch does not see.
+    changes of the parameters that torch does not see. `prompts` has the virtual ids of every task, with its template;
+    a slot of one task may leave it unnamed (""). `renderer` is its own where it has words of its own.
     """
 
     def __init__(self, host: SlotHost, number: int, seed: int, *, baked: bool = False) -> None:
@@ -61,7 +66,10 @@ class Slot:
         self.blocks: dict[str, list[BlockDelta]] = {}
         self.prefix: Prefix | None = None
         self._bakes: list[Baked] = []
-        self.virtual_ids: tuple[int, ...] = ()
+        self.virtual_tokens: dict[str, VirtualTokens] = {}
+        self.prompts: dict[str, TaskPrompt] = {}
+        self.new_rows: NewRows | None = None
+        self.renderer: Renderer | None = None
         self.compose: Compose | None = None
         self.answer_pattern: str | None = None
         self.owns_base = False
@@ -90,7 +98,7 @@ class Slot:
     @property
     def lowest_layer(self) -> int:
         """The lowest decoder layer that it changes; below it nothing needs a gradient. -1: the embedding."""
-        if self.virtual_ids or self.owns_base:
+        if self.virtual_ids or self.new_rows or self.owns_base:
             return -1
         if self.prefix or not (self.deltas or self.blocks):
             return 0
@@ -109,7 +117,8 @@ class Slot:
             raise ConflictError(ALONE)
         if name in self.parameters:
             raise ConfigError(f"two techniques of one list both want to add {name}", hint="give each its own targets")
-        parameter = nn.Parameter(self.constant(value))
+        # a copy: what the technique keeps of `value` must not move with it
+        parameter = nn.Parameter(self.constant(value).clone(memory_format=torch.contiguous_format))
         self.parameters[name] = parameter
         self.owners[name] = self.attaching
         if rate != 1.0:
@@ -130,9 +139,13 @@ class Slot:
         shape: Sequence[int],
         start: Callable[[], Mapping[str, Tensor]],
         compute: Callable[[Mapping[str, Tensor]], Tensor],
+        rate: float = 1.0,
     ) -> Baked:
-        """A tensor that is computed from the parameters of `start()` until `bake`, and a parameter from then on."""
-        self._bakes.append(Baked(self, name, shape, start, compute))
+        """A tensor that is computed from the parameters of `start()` until `bake`, and a parameter from then on.
+
+        `rate` multiplies their learning rate.
+        """
+        self._bakes.append(Baked(self, name, shape, start, compute, rate))
         return self._bakes[-1]
 
     def bake(self) -> dict[str, Tensor]:
@@ -143,6 +156,7 @@ class Slot:
         before, trained = self.state(), self.num_parameters
         for baked in self._bakes:
             baked.bake()
+        self.touch()
         self.baked = True
         self.num_dropped = trained - self.num_parameters
         return before
@@ -168,15 +182,40 @@ class Slot:
             raise ConfigError("two techniques of one list both want to add a prefix")
         self.prefix = prefix
 
-    def add_virtual_tokens(self, tokens: VirtualTokens) -> None:
-        """Give the slot its own rows past the vocabulary; they lead every sequence of the slot."""
-        if self.virtual_ids:
+    def add_virtual_tokens(self, tokens: VirtualTokens, *, task: str = "", template: Template | None = None) -> None:
+        """Give the slot rows of its own past the vocabulary, for all its sequences or (several times) for one task.
+
+        They lead a sequence, or stand at the template's markers.
+        """
+        if task in self.prompts or (self.prompts and "" in (task, *self.prompts)):
             raise ConfigError("two techniques of one list both want to add virtual tokens")
-        self.host.wrap_embedding().tables[self.number] = tokens
-        self.virtual_ids = tuple(range(VIRTUAL, VIRTUAL + tokens.num))
+        first = VIRTUAL + len(self.virtual_ids)
+        self.host.wrap_embedding().tables.setdefault(self.number, []).append(tokens)
+        self.virtual_tokens[task] = tokens
+        self.prompts[task] = TaskPrompt(tuple(range(first, first + tokens.num)), template)
+
+    def add_words(self, tokenizer: Tokenizer, rows: NewRows) -> None:
+        """Give the slot words of its own: the base's tokenizer with them added, and their rows."""
+        if self.new_rows is not None:
+            raise ConfigError("two techniques of one list both want to add words", hint="name all words in one")
+        self.host.wrap_embedding().words[self.number] = rows
+        self.new_rows, self.renderer = rows, make_renderer(tokenizer)
+
+    @property
+    def virtual_ids(self) -> tuple[int, ...]:
+        """Its virtual tokens, those of all tasks."""
+        return tuple(range(VIRTUAL, VIRTUAL + sum(tokens.num for tokens in self.virtual_tokens.values())))
 
     def own(self, patterns: Sequence[str] | None) -> None:
-        """Train the base's own weights (all, or those whose names match); the host then serves this slot alone."""
+        """Train the base's own weights (all, or those whose names match); the host then serves this slot alone.
+
+        Raises ConfigError on a quantised base.
+        """
+        if nf4_layers(self.host.model):
+            raise ConfigError(
+                "full fine-tuning needs the base's own weights; this base keeps them in 4 bits (quantize: nf4)",
+                hint="leave quantize out, or use a technique that trains beside the base (lora is QLoRA then)",
+            )
         names = [name for name, _ in self.host.model.named_parameters()]
         chosen = match_names(names, patterns, "parameter") if patterns else names
         self.host.claim(self)
@@ -204,11 +243,17 @@ class Slot:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
+        self.touch()
 
 
 def layer_of(name: str) -> int:
     """The number of the decoder layer in a module's name: the first number between dots."""
     return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob fits the whole name or its dotted end."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
 def match_names(names: Sequence[str], patterns: Sequence[str], what: str) -> list[str]:
@@ -219,7 +264,7 @@ def match_names(names: Sequence[str], patterns: Sequence[str], what: str) -> lis
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"*.{pattern}")}
+        hits = {name for name in names if matches(name, pattern)}
         if not hits:
             ends = sorted({n.rpartition(".")[2] if what != "parameter" else n for n in names})
             raise ConfigError(f"target {pattern!r} matches no {what} of this base", hint=nearest(pattern, ends[:40]))

@@ -13,7 +13,7 @@ from tailor.models.base import Base, dtype_name, load_base, pick_device, pick_dt
 from tailor.models.files import fingerprint, weight_files
 from tailor.recipes.base_facts import base_facts
 from tailor.recipes.compare_settings import CompareRecipe
-from tailor.recipes.tune import BaseSettings
+from tailor.recipes.tune_settings import BaseSettings
 from tailor.store import write_json
 
 LOADED = "bases.json"
@@ -84,7 +84,7 @@ class LoadedBase:
 
     def fresh(self) -> Base:
         """Another copy of its own, for whoever changes the weights."""
-        base = load_base(self.settings.name, self.settings.device, self.settings.dtype)
+        base = load_base(self.settings.name, self.settings.device, self.settings.dtype, self.settings.quantize)
         known = _loaded(self._folder)
         if base.name not in known:
             dtype = dtype_name(base.dtype)

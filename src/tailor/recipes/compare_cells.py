@@ -21,7 +21,7 @@ from tailor.models.slots import Slot
 from tailor.objectives.objective import Objective
 from tailor.recipes.compare_rows import RESERVE, Draw, Rows, does_not_fit
 from tailor.recipes.compare_settings import CompareRecipe, Entry
-from tailor.recipes.tune import bundles_of
+from tailor.recipes.tune_prepare import bundles_of
 from tailor.recipes.verify import rendering_for
 from tailor.store import write_json
 from tailor.techniques import Technique
@@ -286,7 +286,7 @@ def _fitting(
 
 def _too_long(comparison: Comparison, base: Base, slot: Slot, draw: Draw) -> Record | None:
     """The first row that does not fit with what the slot adds: of those it answers, and of those it learns from."""
-    if slot.compose is None and len(slot.virtual_ids) <= RESERVE:
+    if slot.compose is None and len(slot.virtual_ids) + slot.num_prefix <= RESERVE:
         return None  # every row that is looked at was chosen to fit with so many tokens in front of it
     rows = list(comparison.rows.test)
     if comparison.recipe.data.truncation != "prompt":

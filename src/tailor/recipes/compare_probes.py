@@ -59,7 +59,7 @@ def _probe(comparison: Comparison, settings: BaseSettings) -> dict[str, Any]:
     found |= {"forgetting": {}, "errors": {}}
     kept = _kept(comparison, settings.name, found)
     texts = passages(comparison.recipe.general_text)
-    base = load_base(settings.name, settings.device, settings.dtype)
+    base = load_base(settings.name, settings.device, settings.dtype, settings.quantize)
     slots, prompts = _together(found, kept, base, _spread([prompt_of(r) for r in comparison.rows.test]), texts)
     with _noted(found, "latency"):
         found["latency"] = {
@@ -89,8 +89,8 @@ def _together(
         found["mixed_batch"] = mixed_batch(backend, list(backend.slots), prompts).to_dict() if backend.slots else None
     with _noted(found, "forgetting"):
         found["forgetting"] = _named(forgetting(backend, names, texts))
-    room = base.max_seq_len - NUM_TOKENS
-    fit = [p for p in prompts if all(len(backend.rendering(name).prompt(p)) <= room for name in names)]
+    room = {name: base.room(backend.slot(name)) - NUM_TOKENS for name in names}
+    fit = [p for p in prompts if all(len(backend.rendering(name).prompt(p)) <= room[name] for name in names)]
     for slot in backend.slots.values():
         base.host.detach(slot)
     return {name: kept[name] for name in backend.slots}, fit or prompts
@@ -102,7 +102,7 @@ def _time_alone(
     """Each customization with the base to itself, beside a plain copy: wrapped layers are slower for everybody."""
     plain = LocalBackend(base)
     if slots and base.num_parameters < MAX_TWIN_PARAMETERS:
-        plain = LocalBackend(load_base(settings.name, settings.device, settings.dtype))
+        plain = LocalBackend(load_base(settings.name, settings.device, settings.dtype, settings.quantize))
     for name, artifact in slots.items():
         with _noted(found, name), _attached(base, artifact) as slot:
             found["latency"][name] = _paired(found, LocalBackend(base, {name: slot}), name, plain, prompts)

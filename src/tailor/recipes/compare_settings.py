@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tailor.config import Strict
 from tailor.data.dataset import DataSettings
 from tailor.evaluation.evaluate import EvalSettings
-from tailor.recipes.tune import BaseSettings, named_base
+from tailor.recipes.tune_settings import BaseSettings, named_base
 from tailor.techniques import TECHNIQUES, Technique, TechniqueList
 from tailor.training.settings import TrainSettings
 
@@ -76,7 +76,7 @@ class CompareRecipe(Strict):
     )
     data: CompareSettings
     techniques: tuple[Annotated[Entry, BeforeValidator(_spelled_out)], ...] = Field(
-        tuple(Entry(technique=({"type": name},)) for name in TECHNIQUES),
+        tuple(Entry(technique=({"type": name},)) for name, kind in TECHNIQUES.items() if kind.has_defaults()),
         min_length=1,
         description="names, techniques with settings, or entries {name, technique, train}",
     )

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tailor.evaluation.memory import highest, peak_of
@@ -93,7 +94,8 @@ def _loop(comparison: Comparison, base: Base, trials: Sequence[Trial], folder: P
             seconds = round(time.perf_counter() - started, 5)
             log.log(step, seconds=seconds, peak_memory=highest(base.device))
             told = "stopped; what is measured is kept, and the checkpoint is saved"
-            request.stop_if_asked(folder, runs, told, hint=f"tailor resume {comparison.recipe.name}")
+            save = partial(save_checkpoint, folder, runs)
+            request.stop_if_asked(save, told, hint=f"tailor resume {comparison.recipe.name}")
             if trainer.done or step % every == 0:
                 save_checkpoint(folder, runs)
     lines = log.metrics()

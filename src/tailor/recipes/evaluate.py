@@ -14,6 +14,7 @@ from tailor.evaluation.evaluate import EvalSettings, Evaluation, Progress
 from tailor.evaluation.evaluate import evaluate as score
 from tailor.evaluation.scores import metric_named
 from tailor.inference.load import Customized, load
+from tailor.techniques.soft_prompt import templates_of
 
 
 def evaluate(
@@ -26,11 +27,14 @@ def evaluate(
 ) -> Evaluation:
     """Generate and score the rows of `data` with an artifact or base, by name or loaded already (`tailor.load`).
 
+    Rows for a prompt table of several tasks name theirs in a column `taskname`.
+
     The label set of a classification is that of the rows themselves united with the artifact's training labels.
     Raises NotFoundError, DataError, ConfigError.
     """
     customized = name if isinstance(name, Customized) else load(name)
-    rows = read(str(data), reading or ReadSettings())
+    techniques = customized.artifact.techniques if customized.artifact is not None else ()
+    rows = read(str(data), reading or ReadSettings(), templates=templates_of(techniques))
     labels = customized.artifact.manifest.get("labels") if customized.artifact is not None else None
     settings = settings or EvalSettings()
     evaluation = score(
@@ -44,8 +48,9 @@ def _seen_note(customized: Customized, rows: Reading) -> list[str]:
     artifact = customized.artifact
     if artifact is None:
         return []
-    hashes = str(artifact.manifest.get("data", {}).get("content_hash", ""))  # training file + validation file
-    if rows.content_hash != hashes.split("+")[0]:
+    runs = (artifact.manifest, *artifact.manifest.get("tasks", {}).values())
+    hashes = [str(run.get("data", {}).get("content_hash", "")) for run in runs]  # training file + validation file
+    if rows.content_hash not in [each.split("+")[0] for each in hashes]:
         return []
     return [f"{artifact.name} was tuned on this very file: these scores show memory, not skill"]
 

@@ -55,10 +55,20 @@ def merge(
 
 
 def export(
-    name: str, folder: Path, format: Format, *, base: str | None = None, data: str | None = None, force: bool = False
+    name: str,
+    folder: Path,
+    format: Format,
+    *,
+    task: str | None = None,
+    base: str | None = None,
+    data: str | None = None,
+    force: bool = False,
 ) -> Parity:
-    """Write `name` into `folder` for other tools. Raises ConfigError, ConflictError, QualityError as `merge` does."""
-    customized = load(name, base)
+    """Write `name`, or one task of a prompt table, into `folder` for other tools.
+
+    Raises ConfigError, ConflictError, QualityError as `merge` does, and ConfigError for several tasks.
+    """
+    customized = load(name, base, task=task)
     return _write(customized, _exportable(customized, name), Target(folder, format, data, force), None)
 
 
@@ -68,7 +78,7 @@ def _exportable(customized: Customized, name: str) -> Artifact:
     if customized.slot is None:
         folder = customized.artifact.folder
         raise ConflictError(f"{name!r} is a model of its own already", hint=f"its Hugging Face folder is {folder}")
-    return customized.artifact
+    return customized.artifact.of_task(None)  # one of several tasks must have been named
 
 
 def _write(customized: Customized, artifact: Artifact, target: Target, facts: Mapping[str, Any] | None) -> Parity:
@@ -79,7 +89,7 @@ def _write(customized: Customized, artifact: Artifact, target: Target, facts: Ma
         if target.format == "hf":
             artifacts.write_merged(customized.base, customized.slot, artifact.techniques, draft)
         else:
-            artifacts.copy_peft(artifact, draft)
+            artifacts.copy_peft(artifact, customized.slot, customized.base, draft)
         parity = verify_folder(customized, draft, target.format, rows)
         parity.check()
         if facts is not None:

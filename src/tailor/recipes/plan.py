@@ -18,8 +18,9 @@ from tailor.models.base import dtype_name
 from tailor.models.files import EMBEDDED
 from tailor.recipes.machine import memory as main_memory
 from tailor.recipes.plan_estimate import Sketch, TuneEstimate, estimate_tune, longest, sketch_tune
-from tailor.recipes.tune import TuneRecipe
+from tailor.recipes.tune_settings import TuneRecipe
 from tailor.runs import home
+from tailor.techniques.soft_prompt import templates_of
 from tailor.training.estimate import PROCESS
 from tailor.training.progress import peak_memory
 from tailor.training.settings import Resolved
@@ -153,7 +154,7 @@ def plan(
         recipe = load_recipe(recipe, TuneRecipe, overrides).recipe
     elif overrides:
         raise ConfigError("overrides go with the path of a recipe; change a TuneRecipe with model_copy(update=…)")
-    dataset = load_dataset(recipe.data, recipe.train.seed)
+    dataset = load_dataset(recipe.data, recipe.train.seed, templates=templates_of(recipe.technique))
     sketch = sketch_tune(recipe, dataset)
     estimate = estimate_tune(sketch)
     room = _room(sketch.device, memory)
@@ -262,11 +263,13 @@ def _seconds(sketch: Sketch, estimate: TuneEstimate) -> float:
 
 
 def _notes(sketch: Sketch, dataset: Dataset) -> tuple[str, ...]:
-    notes = list(dataset.notes)
+    notes = [*sketch.recipe.notes, *dataset.notes]
     if sketch.sampled:
         notes.append(
             f"{len(sketch.train):,} of {len(dataset.train):,} rows were tokenised; the others are taken to be alike"
         )
     if sketch.recipe.train.patience is not None and sketch.resolved is not None:
         notes.append("early stopping may end the run sooner")
+    if sketch.recipe.base.quantize is not None:
+        notes.append("memory is planned for weights as they are: quantised to nf4 they take less, and passes longer")
     return tuple(notes)

@@ -18,7 +18,8 @@ from tailor.models.files import weight_files
 from tailor.models.slots import Slot
 from tailor.objectives import check_consumed, find_objective
 from tailor.objectives.objective import Objective
-from tailor.recipes.tune import TuneRecipe, bundles_of
+from tailor.recipes.tune_prepare import bundles_of
+from tailor.recipes.tune_settings import TuneRecipe
 from tailor.recipes.verify import rendering_for
 from tailor.techniques import Technique
 from tailor.techniques.technique import training_defaults

@@ -38,8 +38,8 @@ def _entry(name: str, field: FieldInfo, given: Mapping[str, Any], indent: str) -
         yield f"{indent}{name}:"
         yield from _settings(models[0], given.get(name, {}), indent + "  ")
     else:
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        yield _setting(name, field, given[name] if field.is_required() else given.get(name, default), indent)
+        default = (field.examples or [None])[0] if field.is_required() else field.get_default(call_default_factory=True)
+        yield _setting(name, field, given.get(name, default), indent)
 
 
 def _settings(model: type[BaseModel], given: Mapping[str, Any], indent: str) -> Iterator[str]:

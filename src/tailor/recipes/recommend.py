@@ -96,7 +96,9 @@ def recommend(  # noqa: PLR0913 - each is a flag of `tailor recommend`
         reading, of_base, answer_pattern, memory=memory, gpu=gpu, changes=changes, customizations=customizations
     )
     found, unread = measured(home() / "comparisons", reading.content_hash)
-    ranking = rank(facts, {name: one.traits for name, one in TECHNIQUES.items()}, OBJECTIVES, found)
+    ranking = rank(
+        facts, {name: one.traits for name, one in TECHNIQUES.items() if one.has_defaults()}, OBJECTIVES, found
+    )
     flags = _flags(base, format, columns or {}, skip_bad_rows)
     commands = next_commands(Path(path), facts, ranking, flags, answer_pattern)
     return Recommendation(Path(path), facts, ranking, tuple(commands), (*notes(facts, ranking, reading), *unread))

@@ -188,7 +188,8 @@ def by_ladder(facts: Facts, techniques: Mapping[str, Traits]) -> list[Choice]:
         standing = max(standing for standing, _ in findings)
         step = step_of(traits)
         lacking = traits.rows[0] if standing == Standing.TOO_FEW else 0
-        key = (standing, lacking, -step, not traits.merges, index)
+        # of one step the last comes first: the registry goes from less to more that is trained
+        key = (standing, lacking, -step, not traits.merges, -index)
         worst_first = sorted(findings, key=lambda finding: -finding[0])
         reasons = [*(reason for _, reason in worst_first), LADDER[step].promise]
         if traits.merges and standing < Standing.TOO_FEW:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tailor.artifacts.artifact import Artifact, attach, find, write_merged
-from tailor.data.dataset import DataSettings, load_dataset
+from tailor.artifacts.files import ADAPTER_CONFIG, write_model
+from tailor.data.dataset import DataSettings, ReadSettings, load_dataset, read
 from tailor.data.examples import Example, Rendering, make_examples
-from tailor.data.readers import read_records
 from tailor.data.records import Record
 from tailor.errors import ConfigError, ConflictError, NotFoundError
 from tailor.evaluation.likelihood import packed_logprobs
@@ -25,6 +25,7 @@ from tailor.inference.load import Customized, load
 from tailor.models.base import Base, dtype_name, load_base
 from tailor.models.slots import Slot
 from tailor.runs import home
+from tailor.techniques.soft_prompt import templates_of
 
 NUM_ROWS = 8
 MAX_CANDIDATES = 1000
@@ -38,15 +39,17 @@ def verify(
     data: str | None = None,
     base: str | Base | None = None,
     num_rows: int = NUM_ROWS,
+    task: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Parity:
     """Compare every hop of an artifact on the rows of `data`, or on the rows its run held out.
 
-    Raises NotFoundError, DataError, and ConflictError when the rows are gone or have changed.
+    Of a prompt table it is one task, which must be named when there are several. Raises NotFoundError, DataError, and
+    ConflictError when the rows are gone or have changed.
     """
-    artifact = find(name)
-    customized = load(name, base, device=device, dtype=dtype)
+    artifact = find(name).of_task(task)
+    customized = load(name, base, task=artifact.task, device=device, dtype=dtype)
     records = rows_for(artifact, data)
     rendering = rendering_for(data_settings(artifact), customized.base, customized.slot)
     return verify_artifact(artifact, customized.base, customized.slot, rendering, records, num_rows=num_rows)
@@ -92,7 +95,7 @@ def verify_folder(
     elif importlib.util.find_spec("peft") is not None:
         hops = {"PEFT export": partial(_peft, base, folder)}
     else:
-        hops = {"PEFT export (read back by tailor; peft is not installed)": partial(_read_back, base, folder)}
+        hops = {"PEFT export (read back by tailor; peft is not installed)": partial(_read_back, base, find(folder))}
     return compare_hops(base, slot, _examples(rendering, records), hops=hops, num_rows=NUM_ROWS)
 
 
@@ -102,12 +105,13 @@ def rows_for(artifact: Artifact, data: str | None = None) -> Sequence[Record]:
     Raises ConflictError when the run's file is gone or has changed (a new split could hand out trained rows).
     """
     if data is not None:
-        return read_records(data).records
+        return read(data, ReadSettings(), templates=templates_of(artifact.techniques)).records
     settings = data_settings(artifact)
     if settings is None:
         raise ConflictError(f"{artifact.name} does not say which rows were held out", hint="give some with --data FILE")
     try:
-        dataset = load_dataset(settings, artifact.manifest["recipe"]["train"]["seed"])
+        seed = artifact.manifest["recipe"]["train"]["seed"]
+        dataset = load_dataset(settings, seed, templates=templates_of(artifact.techniques))
     except NotFoundError as error:
         raise ConflictError(
             f"the rows that {artifact.name} was tuned on are gone: {error.message}", hint=GIVE_ROWS
@@ -131,15 +135,13 @@ def rendering_for(settings: DataSettings | None, base: Base, slot: Slot | None) 
     wanted = settings.max_seq_len if settings is not None else None
     if wanted is not None and wanted > base.max_seq_len:
         raise ConfigError(f"data.max_seq_len {wanted} is beyond the base's context of {base.max_seq_len}")
-    room = base.room(slot)
     prompted_only = slot is not None and slot.compose is not None and not slot.parameters
-    return Rendering(
-        base.renderer,
-        min(wanted or room, room),
-        slot.virtual_ids if slot is not None else (),
-        slot.compose if slot is not None else None,
-        "last" if prompted_only or settings is None else settings.trained_turns,
-        settings.truncation if settings is not None else "drop",
+    return base.rendering(
+        slot,
+        max_seq_len=wanted,
+        trained_turns="last" if prompted_only or settings is None else settings.trained_turns,
+        truncation=settings.truncation if settings is not None else "drop",
+        training=True,
     )
 
 
@@ -153,20 +155,19 @@ def _examples(rendering: Rendering, records: Sequence[Record]) -> list[Example]:
 
 
 def _has_peft(artifact: Artifact) -> bool:
-    single = len(artifact.techniques) == 1 and artifact.techniques[0].traits.peft
-    return single and importlib.util.find_spec("peft") is not None
+    return (artifact.folder / ADAPTER_CONFIG).is_file() and importlib.util.find_spec("peft") is not None
 
 
 def _reloaded(artifact: Artifact, base: Base, copies: bool, examples: Sequence[Example]) -> Any:
     """A fresh base from disk with the saved artifact attached."""
     if not copies:
-        return _read_back(base, artifact.folder, examples)
-    fresh = load_base(artifact.base_name, str(base.device), dtype_name(base.dtype))
+        return _read_back(base, artifact, examples)
+    fresh = load_base(artifact.base_name, str(base.device), dtype_name(base.dtype), base.quantize)
     return packed_logprobs(fresh, None if artifact.is_base else attach(fresh, artifact), examples)
 
 
-def _read_back(base: Base, folder: Path, examples: Sequence[Example]) -> Any:
-    slot = attach(base, find(folder))
+def _read_back(base: Base, artifact: Artifact, examples: Sequence[Example]) -> Any:
+    slot = attach(base, artifact)
     try:
         return packed_logprobs(base, slot, examples)
     finally:
@@ -190,12 +191,21 @@ def _peft(base: Base, folder: Path, examples: Sequence[Example]) -> Any:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls what transformers has renamed
-        model = PeftModel.from_pretrained(_stock_model(base.folder, base), str(folder)).eval()
-    num_virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
-    if not num_virtual:
+        model = PeftModel.from_pretrained(_stock_base(base), str(folder)).eval()
+    config = model.active_peft_config
+    if not getattr(config, "num_virtual_tokens", 0) or config.peft_type == "PREFIX_TUNING":
         return stock_logprobs(model, examples)
     table = model.get_prompt(batch_size=1)[0]
     return stock_logprobs(model.get_base_model(), examples, virtual=table)
+
+
+def _stock_base(base: Base) -> Any:
+    """The base by transformers alone; a quantised one with the weights that it computes with."""
+    if base.quantize is None:
+        return _stock_model(base.folder, base)
+    with tempfile.TemporaryDirectory(dir=home(), prefix=".verify-") as folder:
+        write_model(Path(folder), base, {})
+        return _stock_model(Path(folder), base)
 
 
 def _stock_model(folder: Path, base: Base) -> Any:

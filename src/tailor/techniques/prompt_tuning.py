@@ -1,6 +1,7 @@
 """Prompt tuning: a table of trained vectors in front of the text. Lester et al. 2021, arXiv:2104.08691.
 
-The vectors are ids past the vocabulary (VIRTUAL + k) that lead every sequence of the slot. Initialisation follows
+The vectors are ids past the vocabulary (VIRTUAL + k) that lead every sequence of the slot, unless a template says where
+they stand. Initialisation follows
 NeMo's prompt table (text: the word embeddings of the init text, tiled or cut; random: Xavier normal) and the paper's
 sampled vocabulary (section 3.2), which small tables depend on.
 """
@@ -16,18 +17,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tailor.errors import ConfigError
-from tailor.models.embedding import VirtualTokens
 from tailor.models.slots import Slot
-from tailor.techniques.technique import Defaults, PeftFiles, Technique, Traits
+from tailor.techniques.soft_prompt import TABLE, SoftPrompt, read_table
+from tailor.techniques.technique import Defaults, PeftFiles, Traits
 
-TABLE = "prompt_embeddings"
 
-
-class PromptTuning(Technique):
-    """Trained virtual tokens in front of the text; the base stays as it is."""
+class PromptTuning(SoftPrompt):
+    """Trained virtual tokens, in front of the text or at the markers of a template; the base stays as it is."""
 
     type: Literal["prompt_tuning"] = "prompt_tuning"
-    num_virtual_tokens: int = Field(50, ge=1, description="rows of the prompt table; each costs context like a word")
     init: Literal["vocab", "text", "random"] = Field(
         "vocab", description="start from sampled words, from init_text, or from Xavier-normal noise"
     )
@@ -46,8 +44,9 @@ class PromptTuning(Technique):
         defaults=Defaults(learning_rate=10.0, num_epochs=8, min_steps=160, max_steps=3000, per_embedding_rms=True),
     )
 
-    peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")
+    peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING",)
     alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ({"init": "random"},)
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"num_virtual_tokens": (10, 20, 50, 100)}
 
     @model_validator(mode="after")
     def _text_goes_with_text(self) -> Self:
@@ -56,9 +55,9 @@ class PromptTuning(Technique):
         return self
 
     def attach(self, slot: Slot) -> None:
-        """Add the prompt table and let its rows lead every sequence of the slot."""
-        table = slot.new_parameter(TABLE, self._start(slot))
-        slot.add_virtual_tokens(VirtualTokens(self.num_virtual_tokens, lambda: table))
+        """Add the prompt table and put its rows into the sequences of the slot."""
+        table = slot.new_parameter(self.table_name, self._start(slot))
+        self.add_rows(slot, lambda: table)
 
     def _start(self, slot: Slot) -> Tensor:
         num, generator = self.num_virtual_tokens, slot.generator(TABLE)
@@ -75,26 +74,10 @@ class PromptTuning(Technique):
 
     def to_peft(self, slot: Slot) -> PeftFiles:
         """PEFT's `PROMPT_TUNING` files."""
-        table = slot.state()[TABLE]
-        config = {
-            "peft_type": "PROMPT_TUNING",
-            "task_type": "CAUSAL_LM",
-            "num_virtual_tokens": table.shape[0],
-            "token_dim": table.shape[1],
-            "num_transformer_submodules": 1,
-            "prompt_tuning_init": "RANDOM",
-            "inference_mode": True,
-        }
-        return config, {TABLE: table}
+        return self.table_files(slot, peft_type="PROMPT_TUNING", prompt_tuning_init="RANDOM")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        """Reads what PEFT saved as `PROMPT_TUNING`, or as `P_TUNING` (whose encoder is already baked in)."""
-        if set(tensors) != {TABLE}:
-            raise ConfigError(
-                f"a prompt table holds one tensor, {TABLE!r}; this one holds {', '.join(sorted(tensors))}"
-            )
-        table = tensors[TABLE]
-        if table.shape[0] != config["num_virtual_tokens"]:
-            raise ConfigError(f"the table has {table.shape[0]} rows, its config says {config['num_virtual_tokens']}")
+        """Reads what PEFT saved as `PROMPT_TUNING`."""
+        table = read_table(config, tensors)
         return cls(num_virtual_tokens=int(table.shape[0]), init="random"), {TABLE: table}

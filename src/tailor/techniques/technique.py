@@ -36,6 +36,10 @@ class Defaults:
     max_steps: int
     per_embedding_rms: bool = False
 
+    def peak(self, embedding_rms: float) -> float:
+        """The learning rate on a base whose word embeddings have this root mean square."""
+        return self.learning_rate * (embedding_rms if self.per_embedding_rms else 1.0)
+
     def batch_size(self, num_rows: int) -> int:
         """Few rows want small batches (more updates from the same tokens), many rows want speed."""
         return 8 if num_rows < 1_000 else 16 if num_rows < 20_000 else 32
@@ -72,7 +76,8 @@ class Technique(Strict):
     A few methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand and
     have no smaller form, and those that PEFT has no files for leave the last two as they are.
 
-    `alternatives` are settings that a comparison with a tuning budget tries besides the defaults.
+    `alternatives` are settings that a comparison with a tuning budget tries besides the defaults; `search` are values
+    of a few settings that a sweep draws from unless it is told otherwise.
     """
 
     type: str
@@ -80,6 +85,7 @@ class Technique(Strict):
     traits: ClassVar[Traits]
     peft_types: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def prepare(self, records: Sequence[Record], seed: int) -> Self:
         """This technique with what it takes from the training rows filled in (shots)."""
@@ -88,6 +94,11 @@ class Technique(Strict):
     def smaller(self) -> Self | None:
         """The next form that takes less: for rows that do not fit, or are too few; None when there is none."""
         return None
+
+    @classmethod
+    def has_defaults(cls) -> bool:
+        """Whether it can be made from its name alone: then every comparison has a line for it."""
+        return not any(field.is_required() for field in cls.model_fields.values())
 
     @abstractmethod
     def attach(self, slot: Slot) -> None:

@@ -11,7 +11,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `weight` 0 keeps an assistant turn out of the loss (OpenAI's field); None means "by the setting"."""
+    """One turn. `weight` 0 keeps an assistant turn out of the loss (OpenAI's field); None means "by the setting".
+
+    `fields` are named texts of a user turn, (name, text) each, for the template of a task; `content` is what all others
+    see of them.
+    """
 
     role: str
     content: str
@@ -19,9 +23,10 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     tool_call_id: str | None = None
     weight: float | None = None
+    fields: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The dict that chat templates and the OpenAI protocol expect: only what is set, never `weight`."""
+        """The dict that chat templates and the OpenAI protocol expect: only what is set, no `weight`, no `fields`."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.name is not None:
             turn["name"] = self.name

@@ -1,6 +1,7 @@
 """Messages to token ids and a loss mask, born together; and back again.
 
-A text is cut where assistant turns open and close, and the pieces are tokenised apart. Training, scoring and serving
+A text is cut where assistant turns open and close and where virtual tokens stand (`marks`), and the pieces are
+tokenised apart. Training, scoring and serving
 share this cut, so the tokens of a generation prompt are always a prefix of the training example's tokens, and what
 was trained is what is served.
 """
@@ -8,8 +9,10 @@ was trained is what is served.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from tailor.errors import ConfigError, DataError
@@ -18,6 +21,10 @@ from tailor.text.tokenizer import Tokenizer
 
 TrainedTurns = Literal["all", "last"]
 Tools = Sequence[Mapping[str, Any]]
+Marks = Mapping[str, Sequence[int]]
+"""Marker in the text → the ids that stand there. Who gives them has seen to it that no text of a row holds one."""
+
+NO_MARKS: Marks = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +48,19 @@ class Renderer(Protocol):
         tools: Tools = (),
         trained_turns: TrainedTurns = "all",
         prefix_ids: Sequence[int] = (),
+        marks: Marks = NO_MARKS,
     ) -> Rendered:
         """Tokens and loss mask of a whole conversation. Raises DataError when nothing would be trained."""
         ...
 
-    def prompt(self, messages: Sequence[Message], *, tools: Tools = (), prefix_ids: Sequence[int] = ()) -> list[int]:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = (),
+        prefix_ids: Sequence[int] = (),
+        marks: Marks = NO_MARKS,
+    ) -> list[int]:
         """Tokens after which the assistant speaks."""
         ...
 
@@ -97,6 +112,7 @@ class ChatRenderer:
         tools: Tools = (),
         trained_turns: TrainedTurns = "all",
         prefix_ids: Sequence[int] = (),
+        marks: Marks = NO_MARKS,
     ) -> Rendered:
         trained = trained_indices(messages, trained_turns)
         end = max(trained) + 1
@@ -104,7 +120,7 @@ class ChatRenderer:
         text = self._text(messages[:end], tools, False)
         token_ids, loss_mask, done = list(prefix_ids), [0] * len(prefix_ids), 0
         for index, (start, stop) in self._turns(messages[:end], tools, text, closed=True):
-            opening, turn = self._piece(text, done, start), self._piece(text, start, stop)
+            opening, turn = self._piece(text, done, start, marks), self._piece(text, start, stop)
             token_ids += opening + turn
             loss_mask += [0] * len(opening) + (self._turn_mask(turn) if index in trained else [0] * len(turn))
             trained.discard(index)
@@ -116,21 +132,28 @@ class ChatRenderer:
             )
         return Rendered(token_ids, loss_mask)
 
-    def prompt(self, messages: Sequence[Message], *, tools: Tools = (), prefix_ids: Sequence[int] = ()) -> list[int]:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = (),
+        prefix_ids: Sequence[int] = (),
+        marks: Marks = NO_MARKS,
+    ) -> list[int]:
         check_contents(self.tokenizer, messages, tools)
         text = self._text(messages, tools, True)
         token_ids, done = list(prefix_ids), 0
         for _, (start, stop) in self._turns(messages, tools, text, closed=False):
-            token_ids += self._piece(text, done, start) + self._piece(text, start, stop)
+            token_ids += self._piece(text, done, start, marks) + self._piece(text, start, stop)
             done = stop
-        return token_ids + self._piece(text, done, len(text))
+        return token_ids + self._piece(text, done, len(text), marks)
 
     def parse(self, token_ids: Sequence[int]) -> Message:
         text = self.tokenizer.decode(before_stop(token_ids, self.stop), continues=True)
         return Message("assistant", text.removeprefix(self._lead).removesuffix(self._trail))
 
-    def _piece(self, text: str, start: int, stop: int) -> list[int]:
-        return self.tokenizer.encode(text[start:stop], continues=start > 0)
+    def _piece(self, text: str, start: int, stop: int, marks: Marks = NO_MARKS) -> list[int]:
+        return encode_marked(self.tokenizer, text[start:stop], marks, continues=start > 0)
 
     def _turns(
         self, messages: Sequence[Message], tools: Tools, text: str, *, closed: bool
@@ -192,6 +215,7 @@ class PlainRenderer:
         tools: Tools = (),
         trained_turns: TrainedTurns = "all",
         prefix_ids: Sequence[int] = (),
+        marks: Marks = NO_MARKS,
     ) -> Rendered:
         trained = sorted(trained_indices(messages, trained_turns))
         if len(trained) > 1:
@@ -201,11 +225,18 @@ class PlainRenderer:
             )
         last = trained[0]
         check_contents(self.tokenizer, [messages[last]])
-        prompt = self.prompt(messages[:last], tools=tools, prefix_ids=prefix_ids)
+        prompt = self.prompt(messages[:last], tools=tools, prefix_ids=prefix_ids, marks=marks)
         completion = [*self.tokenizer.encode(messages[last].content, continues=True), self._eos]
         return Rendered(prompt + completion, [0] * len(prompt) + [1] * len(completion))
 
-    def prompt(self, messages: Sequence[Message], *, tools: Tools = (), prefix_ids: Sequence[int] = ()) -> list[int]:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = (),
+        prefix_ids: Sequence[int] = (),
+        marks: Marks = NO_MARKS,
+    ) -> list[int]:
         if tools:
             raise DataError("this base has no chat template, so it has no place for tools")
         check_contents(self.tokenizer, messages)
@@ -213,7 +244,7 @@ class PlainRenderer:
         for index, message in enumerate(messages):
             closes = message.role in ("assistant", "system", "developer") and index + 1 < len(messages)
             text = message.content + ("\n\n" if closes else "")
-            token_ids += self.tokenizer.encode(text, continues=index > 0)
+            token_ids += encode_marked(self.tokenizer, text, marks, continues=index > 0)
         return token_ids
 
     def parse(self, token_ids: Sequence[int]) -> Message:
@@ -230,6 +261,20 @@ def trained_indices(messages: Sequence[Message], trained_turns: TrainedTurns) ->
     if not kept:
         raise DataError("every assistant turn has weight 0: the whole row would be masked")
     return kept
+
+
+def encode_marked(tokenizer: Tokenizer, text: str, marks: Marks, *, continues: bool) -> list[int]:
+    """The ids of a text in which `marks` stand for theirs; what is between two of them is tokenised apart."""
+    if not marks:
+        return tokenizer.encode(text, continues=continues)
+    token_ids: list[int] = []
+    for piece in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
+        if piece in marks:
+            token_ids += marks[piece]
+        elif piece:
+            token_ids += tokenizer.encode(piece, continues=continues)
+            continues = True
+    return token_ids
 
 
 def before_stop(token_ids: Sequence[int], stop: Sequence[int]) -> list[int]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from tailor.errors import InterruptedRunError, TerminatedRunError
-from tailor.training.checkpoint import save_checkpoint
-from tailor.training.trainer import SlotRun
 
 
 class StopRequest:
@@ -20,14 +17,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def stop_if_asked(self, folder: Path, runs: list[SlotRun], message: str, hint: str) -> None:
-        """When a signal came, save a checkpoint of the runs into `folder` and raise InterruptedRunError.
+    def stop_if_asked(self, save: Callable[[], None], message: str, hint: str) -> None:
+        """When a signal came, `save` what it takes to resume and raise InterruptedRunError.
 
         After SIGTERM it is a TerminatedRunError.
         """
         if self.signal is None:
             return
-        save_checkpoint(folder, runs)
+        save()
         kind = TerminatedRunError if self.signal == signal.SIGTERM else InterruptedRunError
         raise kind(message, hint=hint)
 

@@ -99,7 +99,11 @@ class FlatAdamW:
 
     def grad_norm(self) -> float:
         """Euclidean norm of the whole gradient; NaN or infinite when any part is."""
-        return math.hypot(*(float(torch.linalg.vector_norm(group.grad)) for group in self._groups))
+        return grad_norms([self])[0]
+
+    def norms(self) -> list[Tensor]:
+        """Euclidean norms of the parts of the gradient, one per rate."""
+        return [torch.linalg.vector_norm(group.grad) for group in self._groups]
 
     def step(self, learning_rate: float, clip: float) -> None:
         """One update with the gradient multiplied by `clip`."""
@@ -134,6 +138,13 @@ class FlatAdamW:
             if own:  # fused AdamW keeps its step count on the parameters' device too
                 self._adamw.state[group.flat] = {k: v.to(group.flat.device, copy=True) for k, v in own.items()}
         self._spread()
+
+
+def grad_norms(optimizers: Sequence[FlatAdamW]) -> list[float]:
+    """`grad_norm` of each, all in one wait for the device."""
+    parts = [optimizer.norms() for optimizer in optimizers]
+    values = iter(torch.stack([norm for norms in parts for norm in norms]).tolist() if parts else ())
+    return [math.hypot(*(next(values) for _ in norms)) for norms in parts]
 
 
 def _accumulate_into(grad: Tensor):  # type: ignore[no-untyped-def]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -30,29 +31,39 @@ def describe(report: StepReport, device: torch.device | None = None) -> str:
     """Loss, rate, speed and memory of a step in one line."""
     peak = peak_memory(device)
     memory = f"  {peak / 2**30:.1f} GiB" if peak else ""
+    stopped = f"  {report.stopped}" if report.stopped else ""
     validated = "" if report.validation_loss is None else f"  validation {report.validation_loss:.4f}"
     return (
         f"loss {report.loss:.4f}{validated}  lr {report.learning_rate:.2e}  "
-        f"{report.tokens_per_second:,.0f} tokens/s{memory}"
+        f"{report.tokens_per_second:,.0f} tokens/s{memory}{stopped}"
     )
+
+
+class Track(NamedTuple):
+    """A run to show: its name, how many steps it has, and how many it has taken."""
+
+    name: str
+    num_steps: int
+    step: int = 0
 
 
 @contextmanager
 def show_progress(
-    title: str, num_steps: int, step: int = 0, *, quiet: bool = False, device: torch.device | None = None
+    tracks: Sequence[Track], *, quiet: bool = False, device: torch.device | None = None
 ) -> Iterator[Listener]:
-    """A listener that shows each step's report until the block ends, with the memory held on `device`."""
+    """A listener that shows the reports of these runs until the block ends, with the memory held on `device`."""
     if quiet:
         yield lambda report: None
     elif sys.stderr.isatty():
-        with _bar(title, num_steps, step, device) as listener:
+        with _bars(tracks, device) as listener:
             yield listener
     else:
-        yield _lines(title, step, device)
+        lines = {track.name: _lines(track, device) for track in tracks}
+        yield lambda report: lines[report.name](report)
 
 
 @contextmanager
-def _bar(title: str, num_steps: int, step: int, device: torch.device | None) -> Iterator[Listener]:
+def _bars(tracks: Sequence[Track], device: torch.device | None) -> Iterator[Listener]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -63,21 +74,29 @@ def _bar(title: str, num_steps: int, step: int, device: torch.device | None) -> 
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=num_steps, completed=step, status="")
-        yield lambda report: progress.update(task, completed=report.step, status=describe(report, device))
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {t.name: bars.add_task(t.name, total=t.num_steps, completed=t.step, status="") for t in tracks}
+        yield lambda report: bars.update(
+            tasks[report.name],
+            completed=report.step,
+            status=describe(report, device),
+            refresh=report.stopped is not None,
+        )
 
 
-def _lines(title: str, step: int, device: torch.device | None) -> Listener:
+def _lines(track: Track, device: torch.device | None) -> Listener:
     last = time.monotonic()
-    first = step
 
     def listener(report: StepReport) -> None:
         nonlocal last
         now = time.monotonic()
-        ends = report.step in (first + 1, report.num_steps)
+        ends = report.stopped is not None or report.step in (track.step + 1, report.num_steps)
         if ends or report.validation_loss is not None or now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            print(f"{title} {report.step}/{report.num_steps}  {describe(report, device)}", file=sys.stderr, flush=True)
+            print(
+                f"{track.name} {report.step}/{report.num_steps}  {describe(report, device)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return listener

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from tailor.config import Strict
 from tailor.errors import ConfigError
-from tailor.techniques.technique import Defaults
+from tailor.models.slots import Slot
+from tailor.techniques.technique import Defaults, training_defaults
 from tailor.training.optimizer import Schedule
 
 
@@ -16,7 +17,10 @@ class TrainSettings(Strict):
     """The `train` block. What is not given comes from the technique's measured defaults."""
 
     learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate; the technique's own when not given"
+        None,
+        gt=0,
+        description="peak learning rate; the technique's own when not given, and of several the last one's: the others "
+        "keep their ratio to it",
     )
     num_epochs: float | None = Field(None, gt=0, description="passes over the rows; or give num_steps")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or give num_epochs")
@@ -64,13 +68,29 @@ def resolve_settings(settings: TrainSettings, defaults: Defaults, num_rows: int,
         num_steps = max(1, round(settings.num_epochs * num_rows / batch_size))
     else:
         num_steps = defaults.num_steps(num_rows, batch_size)
-    unit = embedding_rms if defaults.per_embedding_rms else 1.0
     eval_every = settings.eval_every or max(1, num_steps // 10)
     return Resolved(
-        learning_rate=settings.learning_rate or defaults.learning_rate * unit,
+        learning_rate=settings.learning_rate or defaults.peak(embedding_rms),
         num_steps=num_steps,
         batch_size=batch_size,
         warmup_steps=round(settings.warmup_ratio * num_steps),
         eval_every=eval_every,
         checkpoint_every=settings.checkpoint_every or eval_every,
     )
+
+
+def relative_rates(slot: Slot) -> dict[str, float]:
+    """Each parameter's multiple of the slot's learning rate, by name; what is not there has 1.
+
+    The slot's rate is that of the last technique that trains something (`training_defaults`). In a combination the
+    parameters of the others are trained at their own technique's default over that one's, on top of the multiple they
+    have in their technique (LoRA+): a prompt table goes on needing a rate thousands of times LoRA's.
+    """
+    owners = {id(owner): owner for owner in slot.owners.values()}
+    if len(owners) < 2:
+        return dict(slot.rates)
+    rms = slot.host.embedding_rms()
+    own = {key: owner.traits.defaults.peak(rms) for key, owner in owners.items() if owner.traits.defaults is not None}
+    whole = training_defaults(list(owners.values())).peak(rms)
+    found = {name: slot.rates.get(name, 1.0) * own.get(id(owner), whole) / whole for name, owner in slot.owners.items()}
+    return {name: rate for name, rate in found.items() if name in slot.parameters and rate != 1.0}

@@ -89,7 +89,8 @@ def layer_kinds(base: Base, slot: Slot) -> list[Kind]:
         prefix = f"{stack}.{number}."
         own = {name.removeprefix(prefix): p.shape for name, p in slot.parameters.items() if name.startswith(prefix)}
         kinds.append(Kind(tuple(p.shape for p in layer.parameters()), tuple(own.items()), flows))
-        flows = flows or bool(own)
+        touched = slot.prefix is not None or any(name.startswith(prefix) for name in (*slot.deltas, *slot.blocks))
+        flows = flows or bool(own) or touched
     return kinds
 
 
@@ -151,7 +152,8 @@ class _Decoder:
         for module in self.layers[place].modules():
             _fill(module, self.device)
         for name, parameter in self.slot.parameters.items():
-            if name.startswith(f"{self.name}.{place}."):
+            shared = not self.slot.owns_base and not name.startswith(f"{self.name}.")
+            if shared or name.startswith(f"{self.name}.{place}."):
                 _give(parameter, self.device)
                 if parameter.dtype == torch.promote_types(parameter.dtype, torch.float32):
                     parameter.grad = torch.zeros_like(parameter)

@@ -71,7 +71,7 @@ def trace_pass(base: Base, slot: Slot, batch: Batch) -> Pass:
             counted = hidden[targets]
             if counted.requires_grad:
                 counted.register_hook(ledger.end_of_head)
-            logprobs = token_logprobs(counted, base.head, targets)
+            logprobs = token_logprobs(counted, base.head_of(slot.number), targets)
             del hidden, counted
             forward_flops = ledger.flops
             logprobs.sum().backward()
@@ -126,7 +126,7 @@ def _feed_virtual_tokens(base: Base, slot: Slot, batch: Batch) -> list[Removable
 
     def put(module: nn.Module, inputs: tuple[Tensor, ...], words: Tensor) -> Tensor:
         assert isinstance(module, SlotEmbedding)
-        rows = module.tables[slot.number].rows()[places].to(words.dtype)
+        rows = module.tables[slot.number][0].rows()[places].to(words.dtype)
         return words[0].index_put((places,), rows)[None]
 
     return [base.host.wrap_embedding().register_forward_hook(put)]
@@ -215,21 +215,24 @@ class _FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Fused.apply(*args[:3], self.ledger)  # type: ignore[no-untyped-call]
+            return _Fused.apply(*args[:3], (kwargs or {}).get("attn_mask"), self.ledger)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
 class _Fused(torch.autograd.Function):
     """What fused kernels allocate: q (1, H, t, D), k and v (1, G, s, D) → output like q, kept with one fp32 per row.
 
+    A mask (t, s) is kept too, in the type of q.
+
     Operations as FlashAttention-2 counts them (arXiv:2307.08691 section 4.1): two products forward, five backward,
     half of each for the causal mask.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ledger: _Ledger) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ledger: _Ledger) -> Tensor:
         output = query.new_empty(query.shape)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums, None if mask is None else mask.to(query.dtype))
         ctx.ledger, ctx.product = ledger, query.numel() * key.shape[2]
         ledger.flops += 2 * ctx.product
         return output
@@ -237,6 +240,6 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _, _ = ctx.saved_tensors
+        query, key, value, *_ = ctx.saved_tensors
         ctx.ledger.flops += 5 * ctx.product
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

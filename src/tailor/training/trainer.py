@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tailor.data.examples import Bundle
-from tailor.data.packing import Placed, pack
+from tailor.data.packing import Batch, Placed, pack
 from tailor.errors import TailorError
 from tailor.models.base import Base
 from tailor.models.dropout import stable_seed
@@ -23,8 +23,8 @@ from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.objectives.objective import Objective, scored_by_slot
 from tailor.training.heap import keep_freed_memory
-from tailor.training.optimizer import FlatAdamW, Schedule, learning_rate_at
-from tailor.training.settings import Resolved, TrainSettings
+from tailor.training.optimizer import FlatAdamW, Schedule, grad_norms, learning_rate_at
+from tailor.training.settings import Resolved, TrainSettings, relative_rates
 
 
 @dataclass
@@ -45,12 +45,15 @@ class SlotRun:
     best_state: dict[str, Tensor] = field(default_factory=dict)
     stale: int = 0
     stopped: str | None = None
+    lowest_layer: int = field(init=False)
     optimizer: FlatAdamW = field(init=False)
     _orders: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         slot, settings = self.slot, self.settings
-        self.optimizer = FlatAdamW(slot.parameters, settings.weight_decay, settings.betas, slot.rates, slot.touch)
+        self.lowest_layer = slot.lowest_layer
+        rates = relative_rates(slot)
+        self.optimizer = FlatAdamW(slot.parameters, settings.weight_decay, settings.betas, rates, slot.touch)
 
     @property
     def active(self) -> bool:
@@ -70,7 +73,10 @@ class SlotRun:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did to one slot. `tokens_per_second` counts the tokens of all rows of all slots in the pass."""
+    """What one step did to one slot. `tokens_per_second` counts the tokens of all rows of all slots in the pass.
+
+    `stopped` says why no step follows this one, when it is not the last.
+    """
 
     name: str
     step: int
@@ -81,6 +87,7 @@ class StepReport:
     tokens_per_second: float
     seconds: float
     validation_loss: float | None = None
+    stopped: str | None = None
 
 
 Listener = Callable[[StepReport], None]
@@ -94,6 +101,7 @@ class Trainer:
         self.runs = list(runs)
         self.listener = listener
         self.tokens_per_batch = min(run.settings.tokens_per_batch for run in runs)
+        self.num_layers = base.host.num_layers
         if base.device.type == "cpu":
             keep_freed_memory()
 
@@ -102,25 +110,31 @@ class Trainer:
         """Whether every run has finished or stopped."""
         return not any(run.active for run in self.runs)
 
+    def leave(self, run: SlotRun) -> None:
+        """Let go of a run that is done: what it held is freed while the others go on."""
+        self.runs = [other for other in self.runs if other is not run]
+
     def step(self) -> list[StepReport]:
         """One optimizer step of every active run, with validation where it is due."""
         started = time.perf_counter()
         active = [run for run in self.runs if run.active]
         draws = {run.slot.number: run.draw() for run in active}
         losses = self._accumulate(active, draws)
+        norms = grad_norms([run.optimizer for run in active])
         drawn = {number: sum(len(p.example.token_ids) for p in placed) for number, placed in draws.items()}
         reports = []
-        for run in active:
+        for run, norm in zip(active, norms, strict=True):
             loss = float(losses[run.slot.number])
-            norm = self._update(run, loss)
+            self._update(run, loss, norm)
             run.num_tokens += drawn[run.slot.number]
             rate = learning_rate_at(run.step, *self._rate(run))
             run.step += 1
             speed = sum(drawn.values()) / (time.perf_counter() - started)
             validated = self._validate(run)
             elapsed = time.perf_counter() - started
+            of_all = run.resolved.num_steps
             reports.append(
-                StepReport(run.name, run.step, run.resolved.num_steps, loss, norm, rate, speed, elapsed, validated)
+                StepReport(run.name, run.step, of_all, loss, norm, rate, speed, elapsed, validated, run.stopped)
             )
         for report in reports if self.listener else []:
             assert self.listener is not None
@@ -137,28 +151,33 @@ class Trainer:
         for run in active:
             run.optimizer.zero_grad()
         steps = {run.slot.number: run.step for run in active}
-        placed = [item for items in draws.values() for item in items]
-        apart = {run.slot.number for run in active if run.slot.has_dropout}
-        for batch in pack(placed, self.tokens_per_batch, share_prefixes=True, apart=apart):
+        for batch in self._batches(active, draws):
             plan = Plan.of_batch(batch, steps=steps, training=True)
             with self.base.host.run(plan):
                 scored = scored_by_slot(batch, self.base.batch_logprobs(batch, plan))
                 parts = {n: objectives[n].loss(s) / counts[n] for n, s in scored.items()}
                 torch.stack(list(parts.values())).sum().backward()
-            for number, part in parts.items():
-                losses[number] += part.detach().cpu().double()
+            summed = torch.stack([part.detach() for part in parts.values()]).cpu().double()  # one wait for all
+            for number, part in zip(parts, summed, strict=True):
+                losses[number] += part
         return losses
 
-    def _update(self, run: SlotRun, loss: float) -> float:
+    def _batches(self, active: Sequence[SlotRun], draws: dict[int, list[Placed]]) -> Iterator[Batch]:
+        """The micro-batches of a step: those of slots that need little of the backward pass apart from the others'."""
+        tokens = {number: sum(len(p.example.token_ids) for p in placed) for number, placed in draws.items()}
+        apart = {run.slot.number for run in active if run.slot.has_dropout}
+        for numbers in by_depth({run.slot.number: run.lowest_layer for run in active}, tokens, self.num_layers):
+            placed = [item for number in numbers for item in draws[number]]
+            yield from pack(placed, self.tokens_per_batch, share_prefixes=True, apart=apart)
+
+    def _update(self, run: SlotRun, loss: float, norm: float) -> None:
         """Clip and step one slot. A loss or gradient that is not finite stops this slot and no other."""
-        norm = run.optimizer.grad_norm()
         if not (math.isfinite(norm) and math.isfinite(loss)):
             run.stopped = "diverged"
-            return norm
+            return
         limit = run.settings.max_grad_norm
         clip = 1.0 if limit is None or norm <= limit else limit / norm
         run.optimizer.step(learning_rate_at(run.step, *self._rate(run)), clip)
-        return norm
 
     def _rate(self, run: SlotRun) -> tuple[float, int, int, Schedule]:
         r = run.resolved
@@ -179,6 +198,28 @@ class Trainer:
             if patience is not None and run.stale >= patience and run.step < run.resolved.num_steps:
                 run.stopped = "early stopping"
         return loss
+
+
+BACKWARD_WORTH_A_PASS = 160
+"""Tokens whose whole backward pass takes as long as one more pass takes by itself (docs/log.md)."""
+
+
+def by_depth(lowest: Mapping[int, int], tokens: Mapping[int, int], num_layers: int) -> list[list[int]]:
+    """Slots in groups that get passes of their own: the backward pass of a batch goes as deep as its lowest slot needs.
+
+    `lowest` is the lowest layer that each slot changes, `tokens` what it brings. From the highest down, a group ends
+    where one more slot would take its tokens down by more layers than a pass of their own is worth.
+    """
+    groups: list[list[int]] = []
+    held, reached = 0, 0
+    for number in sorted(lowest, key=lambda number: -lowest[number]):
+        if not groups or held * (reached - lowest[number]) > BACKWARD_WORTH_A_PASS * num_layers:
+            groups.append([])
+            held = 0
+        groups[-1].append(number)
+        held += tokens[number]
+        reached = lowest[number]
+    return groups
 
 
 def finish(run: SlotRun) -> dict[str, Tensor]:

@@ -20,6 +20,11 @@ def render_html(report: Mapping[str, Any]) -> str:
     All texts are escaped, and what is invisible in them is written out. The page forbids itself scripts and the
     network (Content-Security-Policy), follows the system's light or dark colours, and prints.
     """
+    return render("page.html.jinja", _view(report))
+
+
+def render(template: str, view: Mapping[str, Any]) -> str:
+    """One of the templates beside this file with what it shows; every text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -28,7 +33,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(_view(report))
+    return environment.get_template(template).render(view)
 
 
 def _written(value: Any) -> Any:

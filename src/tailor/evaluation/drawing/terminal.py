@@ -30,7 +30,7 @@ def _parts(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from map(_text, sentences)
     yield _compact(tables.compact(report))
     if details.has_curves(report):
-        yield _means(details.curves(report))
+        yield drawn_table(details.curves(report))
         yield from map(_text, report["crossovers"])
     for line in details.failures(report).lines:
         name, size, seed, message, hint = (cell.text for cell in line)
@@ -52,8 +52,8 @@ def _compact(found: Table) -> RichTable:
     return drawn
 
 
-def _means(found: Table) -> RichTable:
-    """The scores without their intervals, so that many sizes stand side by side."""
+def drawn_table(found: Table) -> RichTable:
+    """A table of single values: learning curves without their intervals, trials of a sweep."""
     drawn = _empty(found)
     for line in found.lines:
         drawn.add_row(*(Text(visible(cell.text)) for cell in line))
