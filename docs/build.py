@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -135,17 +136,17 @@ def _facts_table(technique: Any) -> list[str]:
 
 
 def example_lines(technique: Any) -> tuple[str, str]:
-    """A technique in a recipe and on the command line, with its first setting that has a number as it is by default."""
+    """A technique in a recipe and on the command line, with what it must be given or its first number."""
     name = technique.model_fields["type"].default
     numbers = (
         (key, setting.default)
         for key, setting in technique.model_fields.items()
         if isinstance(setting.default, int | float) and not isinstance(setting.default, bool)
     )
-    given = dict([first]) if (first := next(numbers, None)) else {}
+    given = dict(technique.example) or (dict([first]) if (first := next(numbers, None)) else {})
     recipe = f"technique: {_yaml({'type': name, **given}) if given else name}"
-    overrides = [f" technique.{key}={_yaml(value)}" for key, value in given.items()]
-    return recipe, f"tailor tune rows.jsonl -t {name}{''.join(overrides)}"
+    overrides = [shlex.quote(f"technique.{key}={_yaml(value)}") for key, value in given.items()]
+    return recipe, " ".join([f"tailor tune rows.jsonl -t {name}", *overrides])
 
 
 def _nemo_table() -> list[str]:

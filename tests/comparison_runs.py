@@ -10,7 +10,7 @@ from tailor.recipes.compare import CompareResult
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.techniques import TECHNIQUES
 
-ALL = list(TECHNIQUES)
+ALL = [name for name, kind in TECHNIQUES.items() if kind.has_defaults()]
 STEPS = {"num_steps": 6, "batch_size": 4, "eval_every": 3, "learning_rate": 0.01}
 CLOCKS = ("seconds", "pass_seconds", "peak_memory")
 

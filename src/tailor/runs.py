@@ -157,17 +157,17 @@ def check_run_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, what: str) -> Iterator[None]:
+def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder (made if need be) while the block runs; the system lets go when a process dies.
 
-    Raises ConflictError while another process holds it; `what` is what people call it.
+    Raises ConflictError while another process holds it, unless it is to `wait`; `what` is what people call it.
     """
     import fcntl  # not on Windows
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()

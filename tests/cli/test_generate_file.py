@@ -27,6 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[str, str]], 
         return [Completion("fine", (1,), (0.0,), "stop", 3, "fine") for _ in prompts]
 
     monkeypatch.setattr(tailor.inference.load, "load", lambda *a, **k: SimpleNamespace(complete=complete))
+    monkeypatch.setattr(tailor.inference.load, "find_or_none", lambda *a: None)
     return seen
 
 

@@ -30,7 +30,7 @@ def test_in_words(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert numbered == [
         "1. retrieval-augmented generation  (not in this tailor yet)",
         "2. lora (parameter-efficient fine-tuning)",
-        "3. full (full fine-tuning)",
+        "3. ia3 (parameter-efficient fine-tuning)",
     ]
     assert "   40 rows: too few, it takes 50 at least" in lines
     assert lines[-1] == f"  tailor tune {rows} --technique lora"
@@ -43,7 +43,7 @@ def test_as_json(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["decided_by"], found["first_technique"]) == ("rule", "lora")
     assert found["choices"][0]["standing"] == "too_few"
     assert found["choices"][0]["available"] is True
-    assert found["commands"][0].startswith(f"tailor compare {rows} --techniques lora,full")
+    assert found["commands"][0].startswith(f"tailor compare {rows} --techniques lora,ia3,adapter")
 
 
 def test_wrong_flags(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tailor.config import load_recipe
 from tailor.errors import ConfigError
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.recipes.tune_settings import TuneRecipe
-from tailor.techniques import TECHNIQUES
+from tailor.techniques import TECHNIQUES, Technique
 from tailor.techniques.lora import LoRA
 from tailor.techniques.prompt_tuning import PromptTuning
 
@@ -26,10 +27,20 @@ def asked(technique: str | None, *overrides: str) -> TuneRecipe:
     return recipe_from("rows.jsonl", {"technique": technique}, None, overrides)
 
 
+def made(name: str) -> Technique:
+    """The technique with no more than it must be given."""
+    return TECHNIQUES[name](**TECHNIQUES[name].example)  # type: ignore[arg-type]
+
+
+def needed(name: str, path: str) -> list[str]:
+    """The overrides that say so."""
+    return [f"{path}.{key}={json.dumps(value)}" for key, value in TECHNIQUES[name].example.items()]
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_every_technique_is_a_choice(name: str) -> None:
-    recipe = asked(name)
-    assert recipe.technique == (TECHNIQUES[name](),)
+    recipe = asked(name, *needed(name, "technique"))
+    assert recipe.technique == (made(name),)
     assert recipe.output.name == f"rows-{name}"
 
 
@@ -43,8 +54,8 @@ def test_what_is_no_technique_is_told_with_the_choices() -> None:
 
 @pytest.mark.parametrize("second", OTHERS)
 def test_several_at_once(second: str) -> None:
-    recipe = asked(f"lora+{second}", "technique.0.rank=2")
-    assert recipe.technique == (LoRA(rank=2), TECHNIQUES[second]())
+    recipe = asked(f"lora+{second}", "technique.0.rank=2", *needed(second, "technique.1"))
+    assert recipe.technique == (LoRA(rank=2), made(second))
     assert recipe.output.name == f"rows-lora-{second}"
 
 
@@ -65,7 +76,7 @@ def test_the_examples_in_the_documents_work(name: str, tmp_path: Path) -> None:
     spec.loader.exec_module(build)
     line, command = build.example_lines(TECHNIQUES[name])
     (tmp_path / "recipe.yaml").write_text(f"data: {{train: x}}\noutput: {{name: y}}\n{line}\n")
-    assert load_recipe(tmp_path / "recipe.yaml", TuneRecipe).recipe.technique == (TECHNIQUES[name](),)
+    assert load_recipe(tmp_path / "recipe.yaml", TuneRecipe).recipe.technique == (made(name),)
     program, verb, rows, option, technique, *overrides = shlex.split(command)
     assert (program, verb, rows, option) == ("tailor", "tune", "rows.jsonl", "-t")
-    assert asked(technique, *overrides).technique == (TECHNIQUES[name](),)
+    assert asked(technique, *overrides).technique == (made(name),)

@@ -25,6 +25,7 @@ def test_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         return [Completion(LONG, (1,), (0.0,), "stop", 3, LONG) for _ in prompts]
 
     monkeypatch.setattr(tailor.inference.load, "load", lambda *a, **k: SimpleNamespace(complete=complete))
+    monkeypatch.setattr(tailor.inference.load, "find_or_none", lambda *a: None)
     assert run(["generate", "anything", "hello"]) == 0
     assert capsys.readouterr().out == LONG + "\n"
 

@@ -27,6 +27,7 @@ from tailor.recipes.tune_settings import TuneRecipe
 from tailor.runs import Run
 from tailor.techniques import TECHNIQUES
 
+NEEDED = {"new_tokens": {"type": "new_tokens", "tokens": ["number"]}}
 TRAINED = [name for name, technique in TECHNIQUES.items() if technique.traits.defaults is not None]
 
 
@@ -43,7 +44,7 @@ def recipe(base: Path, rows: Path, technique: Any, name: str = "mine", **train: 
         {
             "base": {"name": str(base)},
             "data": {"train": str(rows)},
-            "technique": technique,
+            "technique": NEEDED.get(technique, technique) if isinstance(technique, str) else technique,
             "train": settings,
             "output": {"name": name},
         }

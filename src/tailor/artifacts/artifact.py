@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,7 +34,7 @@ from tailor.artifacts.prompt_table import PROMPT_TABLE, in_table, is_table, key_
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
 from tailor.models.base import Base, dtype_name
 from tailor.models.slots import Slot
-from tailor.runs import home
+from tailor.runs import hold, home
 from tailor.store import atomic_folder, write_json
 from tailor.techniques import Technique, TechniqueList
 
@@ -169,7 +170,8 @@ def save(  # noqa: PLR0913 - what is saved, and how
     a prompt table, or joins the one of that name with `add`; its own part of the table is returned.
     """
     if is_table(techniques):
-        return _save_task(name, base, slot, techniques, facts, training_state, force=force, add=add)
+        with _table(home() / "artifacts" / check_name(name)):
+            return _save_task(name, base, slot, techniques, facts, training_state, force=force, add=add)
     folder = check_free(name, force)
     with atomic_folder(folder, force=force) as draft:
         write_techniques(draft, techniques, slot, base)
@@ -184,6 +186,11 @@ def save(  # noqa: PLR0913 - what is saved, and how
         }
         manifest = write_manifest(draft, {**own, **facts})
     return Artifact(name, folder, manifest)
+
+
+def _table(folder: Path) -> AbstractContextManager[None]:
+    """Hold a prompt table while it is read and written anew: who adds another task at that time waits."""
+    return hold(folder.with_name(f".{folder.name}"), f"prompt table {folder.name}", wait=True)
 
 
 def _save_task(  # noqa: PLR0913 - those of `save`
@@ -260,9 +267,10 @@ def update_manifest(artifact: Artifact, **facts: Any) -> Artifact:
     Those of a prompt table's task stand with the task.
     """
     if artifact.task is not None:
-        table = _read(artifact.folder)
-        tasks = {**table.manifest["tasks"], artifact.task: {**table.manifest["tasks"][artifact.task], **facts}}
-        return update_manifest(table, tasks=tasks).of_task(artifact.task)
+        with _table(artifact.folder):
+            table = _read(artifact.folder)
+            tasks = {**table.manifest["tasks"], artifact.task: {**table.manifest["tasks"][artifact.task], **facts}}
+            return update_manifest(table, tasks=tasks).of_task(artifact.task)
     manifest = {**artifact.manifest, **facts}
     write_json(artifact.folder / MANIFEST, manifest)
     return Artifact(artifact.name, artifact.folder, manifest)

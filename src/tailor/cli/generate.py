@@ -22,7 +22,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def generate(
     name: Annotated[str, typer.Argument(help="An artifact or a base.")],
-    prompt: Annotated[str | None, typer.Argument(help="What to say to it; '-' reads standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to say, or a template's fields as JSON; '-' reads standard input.")
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", help="A file of prompts or rows; their prompts are answered in order."),
@@ -46,7 +48,7 @@ def generate(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a prompt (a JSON object of fields where a task's template has some), or all rows of a file, batched."""
+    """Answer a prompt, or every row of a file (all in one batch)."""
     from tailor.data.dataset import ReadSettings
     from tailor.inference.load import load
     from tailor.text.messages import Message

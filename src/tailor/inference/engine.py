@@ -20,6 +20,7 @@ from tailor.inference.sampling import choose
 from tailor.models.attention import KVCache
 from tailor.models.base import Base
 from tailor.models.plan import Plan
+from tailor.models.slots import Slot
 
 
 @dataclass(eq=False)
@@ -107,24 +108,21 @@ class Engine:
         leaders, followers = self._leaders(sequences)
         for group in (leaders, followers):
             for sequence in group:
-                slot = self.base.host.slots.get(sequence.slot)
-                sequence.cache = self.prefixes.begin(slot, sequence.prompt_ids)
+                sequence.cache = self.prefixes.begin(self._slot(sequence), sequence.prompt_ids)
                 sequence.num_cached = sequence.cache.length
             if group:
                 kept = {id(s): s.cache for s in group}
                 self._advance(group)
             for sequence in group:
                 if sequence.num_cached < len(sequence.prompt_ids) // 2 or group is leaders:
-                    slot = self.base.host.slots.get(sequence.slot)
-                    self.prefixes.keep(slot, sequence.prompt_ids, kept[id(sequence)])
+                    self.prefixes.keep(self._slot(sequence), sequence.prompt_ids, kept[id(sequence)])
 
     def _leaders(self, sequences: list[Running]) -> tuple[list[Running], list[Running]]:
         """Those that must be computed in full, and those that can wait for one of them."""
         leaders: list[Running] = []
         followers: list[Running] = []
         for sequence in sequences:
-            slot = self.base.host.slots.get(sequence.slot)
-            known = self.prefixes.longest(slot, sequence.prompt_ids)
+            known = self.prefixes.longest(self._slot(sequence), sequence.prompt_ids)
             shared = [common_beginning(o.prompt_ids, sequence.prompt_ids) for o in leaders if o.slot == sequence.slot]
             waits = self.prefixes.max_bytes > 0 and max(shared, default=0) >= max(MIN_KEPT, known + MIN_KEPT)
             (followers if waits else leaders).append(sequence)
@@ -159,8 +157,12 @@ class Engine:
             hidden = self.base.hidden(plan, torch.tensor(ids, device=device), torch.tensor(positions, device=device))
             return self.base.logits_at(plan, hidden, torch.tensor([s.end - 1 for s in segments], device=device))
 
+    def _slot(self, sequence: Running) -> Slot | None:
+        """Whose parameters decide what the sequence meets: those of a full fine-tune are the base's own."""
+        return self.base.host.slots.get(sequence.slot, self.base.host.owner)
+
     def _context(self, sequence: Running) -> int:
-        return self.base.room(self.base.host.slots.get(sequence.slot))
+        return self.base.room(self._slot(sequence))
 
     def _take(self, sequence: Running, token: int, logprob: float) -> None:
         sequence.token_ids.append(token)

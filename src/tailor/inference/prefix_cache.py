@@ -49,12 +49,13 @@ class PrefixCache:
     def keep(self, slot: Slot | None, prompt_ids: Sequence[int], cache: KVCache) -> None:
         """Keep a prompt's keys and values (`cache` may be further already); the least recently used make room."""
         tokens = tuple(prompt_ids)
-        if len(tokens) < MIN_KEPT or self._find(slot, tokens)[0] >= len(tokens) - 1:
+        key = _key(slot), tokens
+        if len(tokens) < MIN_KEPT or key in self._entries or self._find(slot, tokens)[0] >= len(tokens) - 1:
             return
         copy = cache.fork(len(tokens))
         if copy.num_bytes > self.max_bytes:
             return
-        self._entries[_key(slot), tokens] = copy
+        self._entries[key] = copy
         self.num_bytes += copy.num_bytes
         while self.num_bytes > self.max_bytes or len(self._entries) > MAX_ENTRIES:
             self.num_bytes -= self._entries.popitem(last=False)[1].num_bytes

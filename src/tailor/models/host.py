@@ -111,6 +111,11 @@ class SlotHost:
             raise RuntimeError("the base runs inside `host.run(plan)` only")
         return self.plan
 
+    @property
+    def owner(self) -> Slot | None:
+        """The slot whose training has replaced the base's weights, detached or not; None while they are the base's."""
+        return self._owner
+
     def prefix_of(self, slot: int) -> Prefix | None:
         """The prefix of this slot, if it has one."""
         return self.slots[slot].prefix if slot in self.slots else None

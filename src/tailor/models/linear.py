@@ -151,13 +151,11 @@ class SlotLinear(nn.Module):
             return len(tensors) - 1
 
         low_ranks = []
-        inputs, outputs, offset = None, None, None
+        inputs, outputs, of_bias, offset = None, None, None, None
         for number, delta in enumerate(self.deltas[span.slot]):
             terms = delta.terms()
             inputs, outputs = _product(inputs, terms.input_scale), _product(outputs, terms.output_scale)
-            if terms.output_scale is not None and terms.scales_bias and self.bias is not None:
-                change = self.bias.to(terms.output_scale.dtype) * (terms.output_scale - 1.0)
-                offset = change if offset is None else offset + change
+            of_bias = _product(of_bias, terms.output_scale if terms.scales_bias else None)
             if terms.bias is not None:
                 offset = terms.bias if offset is None else offset + terms.bias
             if terms.a is not None and terms.b is not None:
@@ -166,6 +164,9 @@ class SlotLinear(nn.Module):
                     name = f"{self.name}/{number}" if number else self.name
                     keep = keep_mask(self.slot_host, plan, span, name, delta.dropout, x[..., :0, :])
                 low_ranks.append(_LowRank(place(terms.a), place(terms.b), terms.scale, keep))
+        if of_bias is not None and self.bias is not None:
+            change = self.bias.to(of_bias.dtype) * (of_bias - 1.0)
+            offset = change if offset is None else offset + change
         return _Part(span.start, span.end, tuple(low_ranks), place(inputs), place(outputs), place(offset))
 
 

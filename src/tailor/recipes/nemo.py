@@ -67,7 +67,7 @@ def _targets(value: Any) -> str:
     """The two of NeMo's target lists that mean the same on every base."""
     found = {"attention_qkv": "query-key-value", "all": "all-linear"}
     names = value if isinstance(value, list) else [value]
-    if len(names) != 1 or names[0] not in found:
+    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in found:
         instead = "for others, say technique.target_modules with the names that the base has"
         raise ValueError(f"wants [attention_qkv] or [all]; {instead}")
     return found[names[0]]

@@ -179,10 +179,15 @@ def _search(under_way: Sweep, manifest: dict[str, Any]) -> None:
 def _load(under_way: Sweep, manifest: dict[str, Any]) -> Base:
     """The base. Raises ConflictError when it is not the one that the sweep began with."""
     settings = under_way.recipe.base
-    base = load_base(settings.name, settings.device, settings.dtype)
-    facts = {"fingerprint": base.fingerprint, "device": base.device.type, "dtype": dtype_name(base.dtype)}
+    base = load_base(settings.name, settings.device, settings.dtype, settings.quantize)
+    facts = {
+        "fingerprint": base.fingerprint,
+        "device": base.device.type,
+        "dtype": dtype_name(base.dtype),
+        "quantize": base.quantize,
+    }
     was = manifest.setdefault("base", facts)
-    if changed := [f"{key} was {was[key]}, is {value}" for key, value in facts.items() if was[key] != value]:
+    if changed := [f"{key} was {was.get(key)}, is {value}" for key, value in facts.items() if was.get(key) != value]:
         raise ConflictError(
             f"base {settings.name} is not what it was when the sweep began ({', '.join(changed)})",
             hint="restore it, or start anew with --force",

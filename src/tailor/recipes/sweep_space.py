@@ -170,7 +170,10 @@ def space_of(
     lists, problems = _lists(technique, search)
     spaces = {key: space for key, space in search.items() if key != TECHNIQUE}
     if not spaces:
-        spaces = _own_spaces(lists)
+        spaces = _own_spaces(lists, train)
+        if lists and not spaces and len(lists) == 1:
+            told = "nothing is left to search: the recipe fixes all that the technique has a space of its own for"
+            problems.append((("search",), told))
     found: dict[str, dict[str, Place]] = {title: {} for title in lists}
     for key in spaces:
         try:
@@ -180,6 +183,12 @@ def space_of(
             problems.append((("search", key), str(error)))
     alternatives = tuple(Alternative(title, lists[title], _winning(places)) for title, places in found.items())
     space = SearchSpace(alternatives, spaces)
+    for one in alternatives:
+        lengths = [
+            key for key, place in one.places.items() if place in (_train_place("num_epochs"), _train_place("num_steps"))
+        ]
+        if len(lengths) > 1:
+            problems.append((("search", lengths[0]), f"{lengths[1]} is searched too: one would have no effect"))
     for key in spaces:
         users = [one for one in alternatives if key in one.places]
         if not users and not any(where == ("search", key) for where, _ in problems):
@@ -234,17 +243,22 @@ def _refusal(parts: Sequence[Technique]) -> str | None:
     return None
 
 
-def _own_spaces(lists: Mapping[str, Sequence[Technique]]) -> dict[str, Range | tuple[Any, ...]]:
-    """What each technique says is worth searching, as far as it goes with its other settings; its learning rate."""
+def _own_spaces(lists: Mapping[str, Sequence[Technique]], train: TrainSettings) -> dict[str, Range | tuple[Any, ...]]:
+    """What each technique says is worth searching, as far as it goes with its other settings; its learning rate.
+
+    What the recipe sets to something else than the default is fixed.
+    """
     found: dict[str, Range | tuple[Any, ...]] = {}
     for parts in lists.values():
         for part in parts:
             alone = len(lists) == 1 and len(parts) == 1
             for name, choices in part.search.items():
+                fixed = getattr(part, name) != type(part).model_fields[name].get_default(call_default_factory=True)
                 possible = [value for value in choices if _can_be(part, name, value)]
-                if len(possible) > 1:
+                if len(possible) > 1 and not fixed:
                     found[f"{TECHNIQUE if alone else part.type}.{name}"] = tuple(possible)
-        found["train.learning_rate" if len(lists) == 1 else f"{parts[-1].type}.train.learning_rate"] = OWN_RATE
+        if train.learning_rate is None:
+            found["train.learning_rate" if len(lists) == 1 else f"{parts[-1].type}.train.learning_rate"] = OWN_RATE
     return found
 
 

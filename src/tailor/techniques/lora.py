@@ -155,9 +155,8 @@ class LoRA(Technique):
             return lambda: Terms(a(), b(), scale)
         module = slot.host.model.get_submodule(name)
         squared = slot.constant(squared_row_norms(weight_of(module)))
-        key = f"{name}.{MAGNITUDE}"
-        magnitude = slot.new_parameter(key, squared.sqrt())
-        own = [slot.parameters[f"{name}.{part}"] for part in ("lora_A.weight", "lora_B.weight")]
+        own = [parameter for key, parameter in slot.parameters.items() if key.startswith(f"{name}.")]
+        magnitude = slot.new_parameter(f"{name}.{MAGNITUDE}", squared.sqrt())
         return slot.derived(
             lambda: dora_terms(Terms(a(), b(), scale), weight_of(module), squared, magnitude), *own, magnitude
         )
@@ -198,23 +197,25 @@ class LoRA(Technique):
 def _from_singular_vectors(slot: Slot, keys: tuple[str, str], module: nn.Module, rank: int, scale: float) -> Factors:
     """[A; A − A₀] and [B − B₀, B₀], whose product is B A − B₀ A₀ and exactly zero at the start.
 
-    Of rank 2r, so that what remains after training is a plain LoRA and knows nothing of singular vectors.
+    Of rank 2r, so that what remains after training is a plain LoRA and knows nothing of singular vectors. While they
+    train A and B have names of their own: a plain LoRA of rank r that began with them would be something else.
     """
     size_in, size_out = linear_sizes(module)
+    a_key, b_key = (key.replace(".lora_", ".pissa_") for key in keys)
     a0, b0 = torch.empty(0), torch.empty(0)
     if not slot.baked:
         a0, b0 = (slot.constant(factor / math.sqrt(scale)) for factor in leading(weight_of(module), rank))
     a = slot.add_baked(
         keys[0],
         (2 * rank, size_in),
-        lambda: {keys[0]: a0},
-        lambda trained: torch.cat([trained[keys[0]], trained[keys[0]] - a0]),
+        lambda: {a_key: a0},
+        lambda trained: torch.cat([trained[a_key], trained[a_key] - a0]),
     )
     b = slot.add_baked(
         keys[1],
         (size_out, 2 * rank),
-        lambda: {keys[1]: b0},
-        lambda trained: torch.cat([trained[keys[1]] - b0, b0], dim=1),
+        lambda: {b_key: b0},
+        lambda trained: torch.cat([trained[b_key] - b0, b0], dim=1),
     )
     return a, b
 

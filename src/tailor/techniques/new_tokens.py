@@ -8,7 +8,7 @@ other words then change little).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -48,6 +48,7 @@ class NewTokens(Technique):
         defaults=Defaults(learning_rate=0.2, num_epochs=5, min_steps=80, max_steps=2000, per_embedding_rms=True),
     )
 
+    example: ClassVar[Mapping[str, Any]] = {"tokens": ["<sku>"]}
     alternatives: ClassVar[tuple[Mapping[str, str], ...]] = ({"init": "mean"},)
 
     @field_validator("tokens")

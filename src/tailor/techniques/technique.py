@@ -76,13 +76,15 @@ class Technique(Strict):
     A few methods, of which only `attach` must be written: most techniques take nothing from the rows beforehand and
     have no smaller form, and those that PEFT has no files for leave the last two as they are.
 
-    `alternatives` are settings that a comparison with a tuning budget tries besides the defaults; `search` are values
+    `example` are settings without which it cannot be made. `alternatives` are settings that a comparison with a tuning
+    budget tries besides the defaults; `search` are values
     of a few settings that a sweep draws from unless it is told otherwise.
     """
 
     type: str
 
     traits: ClassVar[Traits]
+    example: ClassVar[Mapping[str, Any]] = {}
     peft_types: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
