@@ -99,6 +99,21 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny_folder: Path, rows
     assert steps == [3, 4, 5, 6]
 
 
+def test_the_checkpoint_of_a_later_size_outlives_the_sizes_that_are_done(tiny_folder: Path, rows: Path) -> None:
+    one = quick(tiny_folder, rows, techniques=["lora"], sizes=[8, 16])
+    stage = f"train {tiny_folder}: lora (16 rows, seed 0)"
+
+    def press(at: str, done: int, total: int) -> None:
+        if (at, done) == (stage, 2):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError):
+        compare(one, progress=press)
+    steps: list[tuple[str, int]] = []
+    compare(one, progress=lambda at, done, total: steps.append((at, done)) if "train" in at else None)
+    assert steps == [(stage, done) for done in (3, 4, 5, 6)]
+
+
 def test_the_same_command_prints_a_finished_comparison_without_work(
     tiny_folder: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tailor.artifacts.artifact import every, find
+from tailor.artifacts.artifact import every, find, save, update_manifest
 from tailor.cli.main import run
 from tailor.config import load_recipe
 from tailor.errors import ConfigError, ConflictError, NotFoundError
@@ -21,6 +22,8 @@ from tailor.recipes.tune import tune
 from tailor.recipes.tune_save import TuneResult
 from tailor.recipes.tune_settings import TuneRecipe
 from tailor.recipes.verify import verify
+from tailor.techniques.prompt_tuning import PromptTuning
+from tiny_models import tiny_base
 
 SIZES = ("small", "large", "tiny", "huge")
 TEMPLATE = {
@@ -109,6 +112,25 @@ def test_a_task_is_added_without_touching_another(tiny_folder: Path, rows: Path,
     colour(tiny_folder, rows, force=True)
     assert raw(file, "size") == raw(second.artifact.folder / "prompt_table.safetensors", "size")
     assert kept.is_file()
+
+
+def test_tasks_that_are_added_at_the_same_time_are_all_kept(own_home: Path) -> None:
+    base = tiny_base()
+    made = [PromptTuning(num_virtual_tokens=2, task=f"task {k}") for k in range(6)]
+    slots = [base.host.attach([technique]) for technique in made]
+
+    def add(k: int) -> None:
+        artifact = save("table", base, slots[k], [made[k]], {}, add=True)
+        update_manifest(artifact, parity={"passed": True})
+
+    with ThreadPoolExecutor(len(made)) as pool:
+        list(pool.map(add, range(len(made))))
+    artifact = find("table")
+    assert sorted(artifact.tasks) == [f"task {k}" for k in range(6)]
+    assert all(facts["parity"]["passed"] for facts in artifact.manifest["tasks"].values())
+    with safe_open(artifact.folder / "prompt_table.safetensors", "pt") as tensors:
+        assert set(tensors.keys()) == set(artifact.tasks)
+    assert [found.name for found in every()] == ["table"]
 
 
 def test_every_task_answers_as_it_was_trained(table: Path, tiny_folder: Path, rows: Path, sizes: Path) -> None:

@@ -205,6 +205,8 @@ def test_operations_by_hand() -> None:
     assert request_flops(base, None, 10, 4) == plain
     lora = base.host.attach([LoRA(rank=2, target_modules="query-value")])
     assert request_flops(base, lora, 10, 4) == plain + 2 * n * 3 * 2 * ((32 + 32) + (32 + 16))
+    prefix = base.host.attach([PrefixTuning(num_virtual_tokens=5)])  # every token looks at 5 positions more
+    assert request_flops(base, prefix, 10, 4) == plain + 4 * 3 * 32 * n * 5
 
 
 def test_a_token_meets_only_its_experts() -> None:

@@ -15,6 +15,7 @@ from tailor.inference.prefix_cache import MAX_ENTRIES, MIN_KEPT, PrefixCache, co
 from tailor.models.base import Base
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
+from tailor.techniques.full import Full
 from tailor.techniques.lora import LoRA
 from tailor.techniques.prompt_tuning import PromptTuning
 from tiny_models import tiny_base
@@ -112,6 +113,30 @@ def test_it_holds_no_more_than_it_may() -> None:
     for start in range(MAX_ENTRIES + 3):
         Engine(base, (), prefixes=many).run([sequence(None, [start, *LEAD[1:]], tokens=1)])
     assert many.longest(None, [2, *LEAD[1:]]) == 0 < many.longest(None, [3, *LEAD[1:]])
+
+
+def test_the_shortest_prompt_is_kept_once() -> None:
+    engine = Engine(tiny_base(), ())
+    engine.run([sequence(None, LEAD[:MIN_KEPT], tokens=1)])
+    held = engine.prefixes.num_bytes
+    engine.run([sequence(None, LEAD[:MIN_KEPT], tokens=1)])
+    assert engine.prefixes.num_bytes == held > 0
+
+
+def test_full_fine_tuning_changes_what_the_base_knows() -> None:
+    base = tiny_base()
+    engine = Engine(base, ())
+    engine.run([sequence(None, LEAD, tokens=1)])
+    slot = base.host.attach([Full()])
+    with torch.no_grad():
+        for parameter in slot.parameters.values():
+            parameter.mul_(1.5)
+    for _ in range(2):  # attached and not: the weights are no longer the base's
+        engine.run([known := sequence(None, LEAD)])
+        Engine(base, (), prefixes=PrefixCache(0)).run([fresh := sequence(None, LEAD)])
+        assert known.token_ids == fresh.token_ids
+        torch.testing.assert_close(torch.tensor(known.logprobs), torch.tensor(fresh.logprobs), atol=1e-5, rtol=0)
+        base.host.detach(slot)
 
 
 def test_short_beginnings_are_not_kept() -> None:

@@ -316,7 +316,8 @@ def test_every_term_of_the_affine_form(kind: str, scales_bias: bool) -> None:
 
     def function(x: Tensor, i: Tensor, o: Tensor, d: Tensor, a: Tensor, b: Tensor) -> Tensor:
         both = Terms(a, b, 0.7, i, o, scales_bias, d)
-        wrapped.deltas = {1: [LinearDelta.of(both)], 2: [LinearDelta.of(Terms(output_scale=o)), LinearDelta.of(both)]}
+        again = Terms(output_scale=o, scales_bias=scales_bias)
+        wrapped.deltas = {1: [LinearDelta.of(both)], 2: [LinearDelta.of(again), LinearDelta.of(both)]}
         return wrapped(x[None])[0]  # type: ignore[no-any-return]
 
     found = function(x, *draw, a, b)
@@ -325,7 +326,7 @@ def test_every_term_of_the_affine_form(kind: str, scales_bias: bool) -> None:
     plain = torch.zeros(4, dtype=torch.float64) if bias is None else bias
     low = 0.7 * x @ a.T @ b.T
     one = o * ((i * x) @ weight.T) + low + (o * plain if scales_bias else plain) + d
-    two = o * o * ((i * x) @ weight.T) + low + (o * plain if scales_bias else plain) + d
+    two = o * o * ((i * x) @ weight.T) + low + (o * o * plain if scales_bias else plain) + d
     torch.testing.assert_close(found, torch.cat([layer(x[:2]), one[2:6], two[6:]]), atol=1e-12, rtol=0)
     for number, rows in ((1, slice(2, 6)), (2, slice(6, 9))):
         new, offset = merged(weight, bias, wrapped.deltas[number])

@@ -168,7 +168,8 @@ def test_pissa_starts_where_peft_starts() -> None:
     model = peft.get_peft_model(tiny_model(), config)
     theirs = dict(model.named_parameters())
     for name, ours in slot.parameters.items():
-        found = theirs[f"base_model.model.{name.replace('.weight', '.default.weight')}"]
+        key = name.replace(".pissa_", ".lora_").replace(".weight", ".default.weight")
+        found = theirs[f"base_model.model.{key}"]
         torch.testing.assert_close(ours.detach().abs(), found.detach().abs(), **CLOSE)
     torch.testing.assert_close(their_logits(model.eval()), base.logits(IDS, slot.number), **CLOSE)
 

@@ -180,13 +180,17 @@ def test_a_file_without_a_usable_row_is_an_error_even_when_skipping(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "verdicts"), [(4, "few, too few, too few, too few"), (300, "enough, enough, enough, few")]
+    ("num_rows", "verdicts"),
+    [
+        (4, {"prompting": "few", "prompt_tuning": "too few", "lora": "too few", "full": "too few"}),
+        (300, {"prompting": "enough", "prompt_tuning": "enough", "lora": "enough", "full": "few"}),
+    ],
 )
-def test_rows_for_each_technique(tmp_path: Path, num_rows: int, verdicts: str) -> None:
+def test_rows_for_each_technique(tmp_path: Path, num_rows: int, verdicts: dict[str, str]) -> None:
     rows = [pc(f"q{k}", f"a different text {k}") for k in range(num_rows)]
     report = check(write(tmp_path / "rows.jsonl", *rows))
-    assert ", ".join(one.verdict for one in report.techniques) == verdicts
     by_name = {one.technique: one for one in report.techniques}
+    assert {name: by_name[name].verdict for name in verdicts} == verdicts
     assert [by_name[name].scale for name in ("prompting", "lora", "full")] == ["single digits", "hundreds", "thousands"]
 
 

@@ -206,6 +206,10 @@ REFUSALS = [
         r"6: peft\.lora_tuning\.target_modules: wants \[attention_qkv\] or \[all\]; .*technique\.target_modules.*",
     ),
     (
+        "peft_scheme: lora\nlora_tuning:\n  target_modules: [[attention_qkv]]",
+        r"6: peft\.lora_tuning\.target_modules: wants \[attention_qkv\] or \[all\]; .*technique\.target_modules.*",
+    ),
+    (
         "peft_scheme: lora\nlora_tuning: {column_init_method: uniform}",
         r"5: peft\.lora_tuning\.column_init_method: unknown value 'uniform' \(.*choices: xavier, zero, normal\)",
     ),

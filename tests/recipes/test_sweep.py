@@ -28,7 +28,7 @@ from tailor.recipes.sweep import SweepResult, known, resume_sweep, sweep
 from tailor.recipes.sweep_settings import SweepRecipe
 from tailor.recipes.sweep_study import TrialStudy
 from tailor.recipes.tune import tune
-from tailor.recipes.tune_settings import TuneRecipe
+from tailor.recipes.tune_settings import BaseSettings, TuneRecipe
 from tailor.runs import home
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -109,6 +109,14 @@ def test_every_trial_has_its_values_and_its_loss(finished: Callable[[], SweepRes
     assert [loss for _, loss in report["history"]] == [min(losses[: k + 1]) for k in range(len(losses))]
     assert report["importance"] == {}
     assert "takes 10 finished trials" in report["importance_note"]
+
+
+def test_the_base_is_quantised_when_the_recipe_says_so(tiny_folder: Path, rows: Path) -> None:
+    base = {"name": str(tiny_folder), "quantize": "nf4"}
+    more: dict[str, Any] = {"num_trials": 1, "in_parallel": 1, "search": {"lora.rank": [2, 4]}}
+    result = sweep(recipe(tiny_folder, rows, **more).model_copy(update={"base": BaseSettings(**base)}))
+    assert artifacts.find("mine").manifest["base"]["quantize"] == "nf4"
+    assert json.loads((result.folder / "sweep.json").read_text())["base"]["quantize"] == "nf4"
 
 
 def test_what_decides_is_found(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:

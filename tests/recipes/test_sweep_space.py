@@ -85,6 +85,19 @@ def test_without_paths_every_technique_has_its_own_space() -> None:
     }
 
 
+def test_what_is_fixed_is_not_searched(tmp_path: Path) -> None:
+    fixed = recipe(technique={"type": "lora", "rank": 64})
+    assert set(fixed.space.spaces) == {"train.learning_rate"}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(dump_yaml(fixed.model_dump(mode="json")))
+    assert load_recipe(path, SweepRecipe).recipe.space == fixed.space, "a resolved recipe searches the same"
+    assert set(recipe(train={"learning_rate": 1e-5}).space.spaces) == {"technique.rank"}
+    with pytest.raises(Exception, match="nothing is left to search"):
+        recipe(technique="ia3", train={"learning_rate": 1e-5})
+    named = recipe(train={"learning_rate": 1e-5}, search={"train.learning_rate": RANGE})
+    assert set(named.space.spaces) == {"train.learning_rate"}, "what is named is searched"
+
+
 SEARCHED = [
     name
     for name, kind in TECHNIQUES.items()
@@ -131,6 +144,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"technique": ["lora", "prompting"]}, ["prompting trains nothing"]),
     ({"technique": ["lora", "lroa"]}, ["unknown type 'lroa' (did you mean 'lora'?"]),
     ({"technique": ["lora", {"type": "ia3", "rank": 4}]}, ["unknown setting"]),
+    ({"train.num_steps": [8, 9], "lora.train.num_epochs": [1, 2]}, ["num_steps", "one would have no effect"]),
     ({"lora.rank": [1, 2], "technique.rank": [2, 4]}, ["search.technique.rank", "has no effect"]),
 ]
 

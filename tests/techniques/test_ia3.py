@@ -215,6 +215,12 @@ def test_lists_that_contradict_each_other_are_refused() -> None:
         attached(tiny_base(), target_modules=("v_proj",), feedforward_modules=("down_proj",))
 
 
+def test_two_of_one_fused_projection_are_refused() -> None:
+    """Their parameters are called differently until they are baked."""
+    with pytest.raises(ConfigError, match="two techniques of one list both want to add"):
+        tiny_base("gpt_neox").host.attach([IA3(), IA3(target_modules=("query_key_value",))])
+
+
 def test_what_is_not_there_is_an_error() -> None:
     with pytest.raises(ConfigError, match="'vproj' matches no linear layer"):
         attached(tiny_base(), target_modules=("vproj",))

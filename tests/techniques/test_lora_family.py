@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import technique_cases as cases
-from tailor.artifacts.artifact import attach, save
+from tailor.artifacts.artifact import attach, save, start_from
 from tailor.artifacts.files import merged_weights
 from tailor.data.packing import pack
 from tailor.errors import ConfigError
@@ -42,7 +42,8 @@ def alone(technique: LoRA, model_type: str = "llama", *, shaken: bool = True, se
 
 
 def factors(slot: Slot, name: str) -> tuple[Tensor, Tensor]:
-    a, b = (slot.parameters[f"{name}.lora_{side}.weight"].detach() for side in "AB")
+    kind = "lora" if f"{name}.lora_A.weight" in slot.parameters else "pissa"
+    a, b = (slot.parameters[f"{name}.{kind}_{side}.weight"].detach() for side in "AB")
     return a, b
 
 
@@ -197,6 +198,19 @@ def test_pissa_starts_alike_whatever_the_seed() -> None:
     """What goes on from a saved A and B must find the same A₀ and B₀."""
     starts = [alone(LoRA(rank=3, init="pissa"), shaken=False, seed=seed)[1].state() for seed in (1, 2)]
     assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
+
+
+@pytest.mark.parametrize("inits", [("pissa", "random"), ("random", "pissa")])
+def test_pissas_training_goes_on_as_pissa_only(inits: tuple[Any, Any], own_home: Path) -> None:
+    """A and B of one are no A and B of the other, though they have the same shapes."""
+    base = tiny_base()
+    made, other = (LoRA(rank=2, init=init) for init in inits)
+    slot = base.host.attach([made])
+    artifact = save("made", base, slot, [made], {}, training_state=slot.bake())
+    start_from(further := base.host.attach([made], seed=1), artifact)
+    torch.testing.assert_close(base.logits(IDS, further.number), base.logits(IDS, slot.number), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="these weights are for something else"):
+        start_from(base.host.attach([other]), artifact)
 
 
 def test_large_weights_are_decomposed_by_power_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +378,8 @@ def test_two_loras_in_one_list_are_saved_and_loaded(techniques: list[LoRA], own_
     assert float((base.logits(IDS, found.number) - base.logits(IDS)).abs().max()) > 1e-2
 
 
-def test_two_loras_of_one_target_are_refused() -> None:
+@pytest.mark.parametrize("inits", [("random", "random"), ("pissa", "random"), ("random", "pissa")])
+def test_two_loras_of_one_target_are_refused(inits: tuple[Any, Any]) -> None:
+    first, second = inits
     with pytest.raises(ConfigError, match="two techniques of one list both want to add"):
-        tiny_base().host.attach([LoRA(rank=2), LoRA(rank=2, target_modules=("q_proj",))])
+        tiny_base().host.attach([LoRA(rank=2, init=first), LoRA(rank=2, init=second, target_modules=("q_proj",))])

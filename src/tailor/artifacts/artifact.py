@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from tailor.artifacts.compatibility import check_base
 from tailor.artifacts.files import (
     ADAPTER_CONFIG,
     TRAINING_STATE,
@@ -141,7 +142,7 @@ def _check_task_free(table: Artifact, task: str, force: bool) -> None:
 def check_same_base(name: str, base: Base) -> None:
     """Raise ConflictError when there is an artifact of that name and it was made on other weights."""
     if (home() / "artifacts" / name / MANIFEST).is_file():
-        _check_base(base, find(name))
+        check_base(base, find(name))
 
 
 def made_by(name: str, run: str) -> bool:
@@ -316,7 +317,7 @@ def attach(base: Base, artifact: Artifact) -> Slot:
 
     Quantised weights are others than those they were made from: what was trained would not be what is served.
     """
-    _check_base(base, artifact)
+    check_base(base, artifact)
     slot = base.host.attach(artifact.techniques, baked=True)
     state = read_state(artifact.folder, artifact.techniques)
     try:
@@ -325,29 +326,6 @@ def attach(base: Base, artifact: Artifact) -> Slot:
         base.host.detach(slot)
         raise
     return slot
-
-
-def _check_base(base: Base, artifact: Artifact) -> None:
-    expected = artifact.manifest["base"].get("fingerprint")
-    if expected and base.fingerprint and expected != base.fingerprint:
-        raise ConflictError(
-            f"artifact {artifact.name!r} was made on base {artifact.manifest['base']['name']!r} "
-            f"(fingerprint {expected[:8]}…), but {base.name!r} has other weights ({base.fingerprint[:8]}…)",
-            hint="load the base it was made on",
-        )
-    trained_on = artifact.manifest["base"].get("quantize")
-    if expected and trained_on != base.quantize:
-        raise ConflictError(
-            f"artifact {artifact.name!r} was trained on {_as_loaded(trained_on)}, "
-            f"but {base.name!r} is loaded as {_as_loaded(base.quantize)}: the weights differ",
-            hint=f"load it with --quantize {trained_on}, or merge the artifact: that gives a model of full precision"
-            if trained_on
-            else "load the base without --quantize",
-        )
-
-
-def _as_loaded(quantize: str | None) -> str:
-    return f"the base quantised to {quantize}" if quantize else "the base as it is"
 
 
 def start_from(slot: Slot, artifact: Artifact) -> None:
@@ -359,7 +337,13 @@ def start_from(slot: Slot, artifact: Artifact) -> None:
     state = load_tensors(kept) if kept.is_file() else {}
     if artifact.task is not None:
         state = unnamed(artifact.task, state)
-    slot.load(state or read_state(artifact.folder, artifact.techniques))
+    try:
+        slot.load(state or read_state(artifact.folder, artifact.techniques))
+    except ConfigError as error:
+        hint = f"give the settings that it has: tailor artifacts show {artifact.name}"
+        raise ConfigError(
+            f"start: {artifact.name} was trained with other settings: {error.message}", hint=hint
+        ) from None
 
 
 def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder: Path) -> None:
@@ -380,7 +364,8 @@ def copy_peft(artifact: Artifact, slot: Slot, base: Base, folder: Path) -> None:
     """
     kinds = artifact.techniques
     if len(kinds) != 1:
-        hint = "its parts, or a merged model, may be exported"
+        merges = all(technique.traits.merges for technique in kinds)
+        hint = "export it as a merged model (--format hf)" if merges else "serve it as it is"
         raise ConfigError(f"{artifact.name}: PEFT has no files for a combination of techniques", hint=hint)
     if reason := kinds[0].beyond_peft():
         raise ConfigError(f"{artifact.name} cannot be exported for PEFT: {reason}")

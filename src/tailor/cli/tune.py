@@ -124,14 +124,20 @@ def recipe_from(
 
 def with_new_tokens(recipe: TuneRecipe, words: Sequence[str] | None) -> TuneRecipe:
     """The recipe with a `new_tokens` in front of its techniques, for words that may be joined by commas."""
-    found = [word.strip() for text in words or () for word in text.split(",") if word.strip()]
-    if not found:
+    if not words:
         return recipe
+    from pydantic import ValidationError
+
+    from tailor.explain import explain
+
+    found = [word.strip() for text in words for word in text.split(",") if word.strip()]
     techniques = [{"type": "new_tokens", "tokens": found}, *(one.model_dump() for one in recipe.technique)]
+    data = {**recipe.model_dump(), "technique": techniques}
     try:
-        return type(recipe).model_validate({**recipe.model_dump(), "technique": techniques})
-    except ValueError as error:
-        raise ConfigError(f"--add-tokens: {error}") from None
+        return type(recipe).model_validate(data)
+    except ValidationError as error:
+        told = [f"--add-tokens: {'.'.join(path)}: {problem}" for path, problem in explain(error, type(recipe), data)]
+        raise ConfigError("\n".join(told)) from None
 
 
 def _flags(given: Mapping[str, str | None], columns: list[str] | None) -> list[str]:
@@ -192,7 +198,8 @@ def _render(console: Console, artifact: Artifact) -> None:
     line(artifact.name, style="bold")
     line(f"{artifact.kind} on {facts['base']['name']}, saved in {artifact.folder}")
     line(f"rows: {facts['data']['num_train']} trained, {facts['data']['num_validation']} set aside")
-    line(f"trainable parameters: {facts['num_parameters']:,}")
+    trained, kept = facts["num_trained"], facts["num_parameters"]
+    line(f"trainable parameters: {trained:,}" + ("" if trained == kept else f", saved as {kept:,}"))
     if metrics:
         stopped = f" ({metrics['stopped']})" if metrics["stopped"] else ""
         line(f"steps: {metrics['num_steps']}{stopped}, best at {metrics['best_step']}")

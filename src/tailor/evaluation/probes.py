@@ -123,7 +123,7 @@ def request_flops(base: Base, slot: Slot | None, prompt_tokens: int, completion_
 
         n = prompt_tokens + completion_tokens - 1                          tokens that are processed: the last is not
         2 · n · (weights of the decoder's matrices + those of the slot's deltas)       a multiplication and an addition
-        + 4 · layers · heads · head_size · n (n + 1) / 2                   scores and weighted values, over all before
+        + 4 · layers · heads · head_size · (n (n + 1) / 2 + n · prefix)    scores and weighted values, over all before
         + 2 · completion_tokens · (weights of the head)                    logits only where a token is chosen
 
     As in Kaplan et al. 2020, arXiv:2001.08361, section 2.1 (2N + 2·layers·context·attention size per token), there for
@@ -133,7 +133,8 @@ def request_flops(base: Base, slot: Slot | None, prompt_tokens: int, completion_
     config = base.config
     n = prompt_tokens + completion_tokens - 1
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_size * (n * (n + 1) / 2)
+    seen = n * (n + 1) / 2 + n * (slot.prefix.num if slot and slot.prefix else 0)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_size * seen
     deltas = slot.num_operations() if slot else 0
     head = 2 * completion_tokens * base.head.weight.numel()
     return float(2 * n * (_matrix_weights(base) + deltas) + attention + head)

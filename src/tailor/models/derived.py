@@ -58,7 +58,7 @@ class Baked:
     ) -> None:
         self._slot = slot
         self._owner = slot.attaching
-        self._name = name
+        self.name = name
         self._compute = compute
         self._training: dict[str, nn.Parameter] = {}
         self._rows: Callable[[], Tensor]
@@ -86,5 +86,5 @@ class Baked:
         self._stand_alone(value)
 
     def _stand_alone(self, value: Tensor) -> None:
-        parameter = self._slot.new_parameter(self._name, value)
+        parameter = self._slot.new_parameter(self.name, value)
         self._rows = lambda: parameter

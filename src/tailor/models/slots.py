@@ -66,6 +66,7 @@ class Slot:
         self.blocks: dict[str, list[BlockDelta]] = {}
         self.prefix: Prefix | None = None
         self._bakes: list[Baked] = []
+        self._taken: set[str] = set()
         self.virtual_tokens: dict[str, VirtualTokens] = {}
         self.prompts: dict[str, TaskPrompt] = {}
         self.new_rows: NewRows | None = None
@@ -115,8 +116,7 @@ class Slot:
         """
         if self.owns_base:
             raise ConflictError(ALONE)
-        if name in self.parameters:
-            raise ConfigError(f"two techniques of one list both want to add {name}", hint="give each its own targets")
+        self._take(name)
         # a copy: what the technique keeps of `value` must not move with it
         parameter = nn.Parameter(self.constant(value).clone(memory_format=torch.contiguous_format))
         self.parameters[name] = parameter
@@ -145,8 +145,16 @@ class Slot:
 
         `rate` multiplies their learning rate.
         """
+        if not self.baked:
+            self._take(name)
         self._bakes.append(Baked(self, name, shape, start, compute, rate))
         return self._bakes[-1]
+
+    def _take(self, name: str) -> None:
+        """Keep a name for one parameter, be it one that is there after `bake` only."""
+        if name in self._taken:
+            raise ConfigError(f"two techniques of one list both want to add {name}", hint="give each its own targets")
+        self._taken.add(name)
 
     def bake(self) -> dict[str, Tensor]:
         """Drop what only trains, keeping its results. Returns the whole state before, from which training can go on;
@@ -155,6 +163,7 @@ class Slot:
             return {}
         before, trained = self.state(), self.num_parameters
         for baked in self._bakes:
+            self._taken.discard(baked.name)
             baked.bake()
         self.touch()
         self.baked = True

@@ -42,8 +42,8 @@ def measure(comparison: Comparison) -> None:
         loaded = LoadedBase(settings, comparison.folder)
         _plain(comparison, loaded)
         for size, seed in draws:
-            _entries(comparison, loaded, size, seed)
-            forget(comparison)
+            if _entries(comparison, loaded, size, seed):  # else the checkpoints are those of a draw to come
+                forget(comparison)
         loaded.drop()
 
 
@@ -98,8 +98,11 @@ def _answers(comparison: Comparison, backend: LocalBackend, name: str | None, ke
     return measured(evaluation)
 
 
-def _entries(comparison: Comparison, loaded: LoadedBase, size: int, seed: int) -> None:
-    """All entries of one draw: those that freeze the base in shared passes, the others each on a copy of its own."""
+def _entries(comparison: Comparison, loaded: LoadedBase, size: int, seed: int) -> bool:
+    """All entries of one draw: those that freeze the base in shared passes, the others each on a copy of its own.
+
+    Returns whether any was missing.
+    """
     draw = comparison.rows.draw(size, seed)
     cell = partial(comparison.cell, loaded.settings.name, size=size, seed=seed)
     missing = [e.title for e in comparison.recipe.techniques if comparison.is_missing(cell(name=e.title))]
@@ -111,6 +114,7 @@ def _entries(comparison: Comparison, loaded: LoadedBase, size: int, seed: int) -
     for entry in comparison.recipe.techniques:
         if entry.owns_base and entry.title in missing:
             _owner(comparison, loaded, entry, draw, cell(name=entry.title))
+    return bool(missing)
 
 
 def _group(comparison: Comparison, loaded: LoadedBase, entries: Sequence[Entry], draw: Draw, place: Cell) -> None:

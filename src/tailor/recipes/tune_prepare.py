@@ -17,7 +17,7 @@ from tailor.data.examples import Bundle, Rendering
 from tailor.data.progress import Progress, silent, stages
 from tailor.data.records import Record
 from tailor.data.tokenise import tokenise
-from tailor.errors import ConflictError, DataError
+from tailor.errors import ConfigError, ConflictError, DataError
 from tailor.models.base import Base, dtype_name
 from tailor.models.slots import Slot
 from tailor.objectives import check_consumed, find_objective
@@ -105,9 +105,19 @@ def prepare(recipe: TuneRecipe, rows: Rows, base: Base, *, quiet: bool) -> Prepa
 
 
 def _start_of(name: str, techniques: Sequence[Technique]) -> Artifact:
-    """The artifact that training goes on from; of a prompt table, the task that is trained."""
+    """The artifact that training goes on from; of a prompt table, the task that is trained.
+
+    Raises ConfigError when it is of another technique.
+    """
     artifact, tasks = artifacts.find(name), tasks_of(techniques)
-    return artifact.of_task(tasks[0] if tasks and artifact.tasks else None)
+    artifact = artifact.of_task(tasks[0] if tasks and artifact.tasks else None)
+    theirs, ours = ([technique.type for technique in some] for some in (artifact.techniques, techniques))
+    if theirs != ours:
+        raise ConfigError(
+            f"start: {name} is {'+'.join(theirs)}, and {'+'.join(ours)} is to be trained: going on takes the same",
+            hint=f"give the technique and settings that it has: tailor artifacts show {name}",
+        )
+    return artifact
 
 
 def bundles_of(

@@ -59,7 +59,7 @@ def tune_many(
     the errors of `tune`, and InterruptedRunError after saving every checkpoint: `resume_many` goes on, all together
     by the name that the error tells, or `resume` with one of them alone.
     """
-    read = [read_recipe(recipe, overrides) for recipe in recipes]
+    read = [_read(recipe, overrides) for recipe in recipes]
     titles = [f"recipe {k}" if isinstance(given, TuneRecipe) else str(given) for k, given in enumerate(recipes, 1)]
     _check_names(titles, read)
     if base is None:
@@ -120,6 +120,16 @@ def runs_of(names: Sequence[str | Path]) -> list[Run]:
             left = [Run.open(name)]
         found |= {run.name: run for run in left}
     return list(found.values())
+
+
+def _read(recipe: TuneRecipe | str | Path, overrides: Sequence[str]) -> TuneRecipe:
+    """As `read_recipe`; what is wrong with an override names the recipe that it does not suit."""
+    try:
+        return read_recipe(recipe, overrides)
+    except ConfigError as error:
+        if isinstance(recipe, TuneRecipe) or str(recipe) in error.message:
+            raise
+        raise ConfigError(f"{recipe}: {error.message}", hint=error.hint) from None
 
 
 def _named(first: str, runs: Sequence[Run]) -> str:

@@ -58,7 +58,9 @@ class Adapter(Technique):
     )
     scale: float = Field(1.0, gt=0, description="factor on what is added")
     blocks: tuple[Block, ...] = Field(("attention", "mlp"), description="attention, mlp, or both")
-    target_layers: tuple[int, ...] | None = Field(None, description="decoder layers by index; all when not given")
+    target_layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="decoder layers by index; all when not given"
+    )
     weight_tying: bool = Field(
         False, description="one adapter for the attention and one for the MLP of all layers; nothing tells layers apart"
     )

@@ -36,9 +36,12 @@ class IA3(Technique):
     """Scales of keys, values and feed-forward activations; the fewest parameters of all; merges into the base."""
 
     type: Literal["ia3"] = "ia3"
-    target_layers: tuple[int, ...] | None = Field(None, description="decoder layers by index; all when not given")
+    target_layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="decoder layers by index; all when not given"
+    )
     target_modules: tuple[str, ...] | None = Field(
         None,
+        min_length=1,
         description="name patterns of linear layers to scale whole, such as [k_proj, v_proj, down_proj]; "
         "keys, values and inner activations when not given",
     )

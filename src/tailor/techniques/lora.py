@@ -44,7 +44,9 @@ class LoRA(Technique):
         description="query-value (as in the paper), query-key-value, all-linear, or name patterns such as "
         "[q_proj, down_proj]",
     )
-    target_layers: tuple[int, ...] | None = Field(None, description="decoder layers by index; all when not given")
+    target_layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="decoder layers by index; all when not given"
+    )
     exclude_modules: tuple[str, ...] = Field((), description="name patterns of targets to leave out")
     rslora: bool = Field(False, description="rsLoRA: scale by alpha / √rank, so that large ranks learn as well")
     dora: bool = Field(False, description="DoRA: also learn the length of every row of the weight; slower")

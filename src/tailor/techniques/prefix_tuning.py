@@ -62,7 +62,7 @@ class PrefixTuning(Technique):
 
     peft_types: ClassVar[tuple[str, ...]] = ("PREFIX_TUNING",)
     alternatives: ClassVar[tuple[Mapping[str, Any], ...]] = ({"reparametrisation": True},)
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"num_virtual_tokens": (10, 30, 60)}
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"num_virtual_tokens": (10, 30, 50)}
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:

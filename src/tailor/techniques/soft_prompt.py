@@ -77,7 +77,10 @@ class SoftPrompt(Technique):
         return TABLE if self.task is None else f"{TABLE}.{self.task}"
 
     def add_rows(self, slot: Slot, rows: Callable[[], Tensor]) -> None:
-        """Let `rows()`, (num_virtual_tokens, hidden), stand where the settings say."""
+        """Let `rows()`, (num_virtual_tokens, hidden), stand where the settings say. Raises ConfigError for too many."""
+        context = int(slot.host.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+        if self.num_virtual_tokens >= context:
+            raise ConfigError(f"{self.num_virtual_tokens} virtual tokens fill the base's context of {context}")
         tokens = VirtualTokens(self.num_virtual_tokens, rows)
         slot.add_virtual_tokens(tokens, task=self.task or "", template=self.template)
 

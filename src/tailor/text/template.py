@@ -131,7 +131,7 @@ class Template(Strict):
         found = given or self._parsed(turn.content)
         for name in self.asked:
             if name not in found:
-                raise DataError(f"the template's field {name!r} is missing; {nearest(name, found)}")
+                raise DataError(f"the template's field {name!r} is missing; given: {', '.join(found) or 'none'}")
         return {name: found[name] for name in self.asked}
 
     @property
