@@ -11,6 +11,8 @@ from tailor.recipes.compare_settings import CompareRecipe
 from tailor.techniques import TECHNIQUES
 
 ALL = [name for name, kind in TECHNIQUES.items() if kind.has_defaults()]
+SHARING = [name for name in ALL if TECHNIQUES[name].traits.defaults and TECHNIQUES[name].traits.frozen_base]
+"""Those that are trained in one pass."""
 STEPS = {"num_steps": 6, "batch_size": 4, "eval_every": 3, "learning_rate": 0.01}
 CLOCKS = ("seconds", "pass_seconds", "peak_memory")
 

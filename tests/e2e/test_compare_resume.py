@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from comparison_runs import cells_of, quick, recipe, row_of, timeless
+from comparison_runs import SHARING, cells_of, quick, recipe, row_of, timeless
 from tailor.artifacts import artifact as artifacts
 from tailor.cli.main import run
 from tailor.errors import ConfigError, ConflictError, InterruptedRunError
@@ -23,7 +23,7 @@ from tailor.techniques import TECHNIQUES
 STOPS = (
     ("baselines", 1),
     ("{base}/base/29/0: generate", 1),
-    ("train {base}: prompt_tuning, lora (8 rows, seed 0)", 5),
+    (f"train {{base}}: {', '.join(SHARING)} (8 rows, seed 0)", 5),
     ("{base}/lora/8/0: generate", 1),
     ("train {base}: full (29 rows, seed 0)", 5),
     ("{base}/full/29/0: perplexity", 1),
