@@ -19,10 +19,10 @@ from public_data import prepare
 from real_data import tailor
 
 CURVES: dict[str, list[str]] = {
-    "banking77": ["--sizes", "64,512,2000", "--max-test-rows", "300"],
-    "clinc150": ["--sizes", "64,512,2000", "--max-test-rows", "300", "train.num_steps=300"],
-    "sentence_polarity": ["--sizes", "64,512,2000", "--max-test-rows", "300"],
-    "e2e": ["--sizes", "64,512,1000", "--max-test-rows", "200", "train.num_steps=150"],
+    "banking77": ["--sizes", "8,64,512,all", "--max-test-rows", "300", "train.num_steps=200"],
+    "sentence_polarity": ["--sizes", "8,64,512,all", "--max-test-rows", "300", "train.num_steps=200"],
+    "clinc150": ["--sizes", "512", "--max-test-rows", "300", "train.num_steps=200"],
+    "e2e": ["--sizes", "512", "--max-test-rows", "150", "train.num_steps=100"],
     "mts-dialog": [
         *("--sizes", "64,256,all", "--max-test-rows", "100"),
         *("evaluation.sampling={max_new_tokens: 128}", "train.num_steps=50"),
