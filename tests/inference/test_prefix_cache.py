@@ -11,7 +11,7 @@ import torch
 
 from tailor.inference.backend import SamplingParams
 from tailor.inference.engine import Engine, Running
-from tailor.inference.prefix_cache import MAX_ENTRIES, MIN_KEPT, PrefixCache, common_beginning
+from tailor.inference.prefix_cache import MAX_ENTRIES, MIN_KEPT, PrefixCache
 from tailor.models.base import Base
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
@@ -144,5 +144,3 @@ def test_short_beginnings_are_not_kept() -> None:
     cache = PrefixCache()
     Engine(base, (), prefixes=cache).run([sequence(None, LEAD[: MIN_KEPT - 1])])
     assert cache.num_bytes == 0
-    assert common_beginning([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert common_beginning([1, 2], [1, 2, 4]) == 2

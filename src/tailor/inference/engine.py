@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tailor.data.packing import Segment
+from tailor.data.packing import Segment, common_length
 from tailor.errors import DataError, ResourceError
 from tailor.inference.backend import FinishReason, SamplingParams
-from tailor.inference.prefix_cache import MIN_KEPT, PrefixCache, common_beginning
+from tailor.inference.prefix_cache import MIN_KEPT, PrefixCache
 from tailor.inference.sampling import choose
 from tailor.models.attention import KVCache
 from tailor.models.base import Base
@@ -123,7 +123,8 @@ class Engine:
         followers: list[Running] = []
         for sequence in sequences:
             known = self.prefixes.longest(self._slot(sequence), sequence.prompt_ids)
-            shared = [common_beginning(o.prompt_ids, sequence.prompt_ids) for o in leaders if o.slot == sequence.slot]
+            own = tuple(sequence.prompt_ids)
+            shared = [common_length(tuple(o.prompt_ids), own) for o in leaders if o.slot == sequence.slot]
             waits = self.prefixes.max_bytes > 0 and max(shared, default=0) >= max(MIN_KEPT, known + MIN_KEPT)
             (followers if waits else leaders).append(sequence)
         return leaders, followers

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from tailor.data.packing import common_length
 from tailor.models.attention import KVCache
 from tailor.models.slots import BASE_SLOT, Slot
 
@@ -66,17 +67,10 @@ class PrefixCache:
         best: tuple[int, tuple[Key, tuple[int, ...]] | None] = (0, None)
         for key in self._entries:
             if key[0] == owner:
-                length = min(common_beginning(key[1], wanted), len(wanted) - 1)
+                length = min(common_length(key[1], wanted), len(wanted) - 1)
                 if length >= MIN_KEPT and length > best[0]:
                     best = (length, key)
         return best
-
-
-def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens the two begin with in common."""
-    return next(
-        (k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
 
 
 def _key(slot: Slot | None) -> Key:
