@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import technique_cases as cases
+from peft_files import CLOSE, IDS, MARKS
 from tailor.data.examples import Example
 from tailor.data.packing import Placed, pack
 from tailor.models.base import Base
@@ -25,14 +26,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-]
-
-IDS = [1, 4, 70, 71, 99, 6, 5, 200, 33]
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
+pytestmark = MARKS
 
 
 def two_of(base: Base, technique: Any) -> list[Slot]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from peft_files import CLOSE, IDS, MARKS, read, shake, their_logits, write
 from tailor.artifacts import artifact as artifacts
 from tailor.errors import ConfigError
 from tailor.models.base import Base
@@ -23,43 +21,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-]
-
-IDS = [1, 4, 70, 71, 99, 6, 5, 200, 33]
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
-
-
-def shake(parameters: Any) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.2 * torch.randn_like(parameter))
+pytestmark = MARKS
 
 
 def attached(base: Base, technique: IA3) -> Slot:
     slot = base.host.attach([technique], seed=3)
-    shake(slot.parameters.values())
+    shake(slot.parameters.values(), 0.2)
     return slot
-
-
-def write(folder: Path, files: tuple[dict[str, Any], dict[str, Tensor]]) -> Path:
-    config, tensors = files
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return config, safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-@torch.no_grad()
-def their_logits(model: Any) -> Tensor:
-    return model(input_ids=torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS))).logits[0]  # type: ignore[no-any-return]
 
 
 def differs_from_base(logits: Tensor, base: Base) -> None:
@@ -110,7 +78,7 @@ def test_we_read_peft_ia3(model_type: str, tmp_path: Path) -> None:
         fan_in_fan_out=model_type == "gpt2",
     )
     model = peft.get_peft_model(tiny_model(model_type), config).eval()
-    shake(p for name, p in model.named_parameters() if "ia3_l" in name)
+    shake((p for name, p in model.named_parameters() if "ia3_l" in name), 0.2)
     model.save_pretrained(str(tmp_path))
     base = tiny_base(model_type)
     slot = artifacts.attach(base, artifacts.find(tmp_path))
@@ -124,7 +92,7 @@ def test_we_read_what_peft_takes_for_its_defaults(model_type: str, tmp_path: Pat
     """They differ by family (qwen 3: queries instead of keys), so the targets are those the tensors name."""
     config = peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=model_type == "gpt2")
     model = peft.get_peft_model(tiny_model(model_type), config).eval()
-    shake(p for name, p in model.named_parameters() if "ia3_l" in name)
+    shake((p for name, p in model.named_parameters() if "ia3_l" in name), 0.2)
     model.save_pretrained(str(tmp_path))
     technique, state = IA3.from_peft(*read(tmp_path))
     base = tiny_base(model_type)

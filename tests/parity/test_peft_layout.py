@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from peft_files import CLOSE, IDS, MARKS, read, shake, their_logits, write
 from tailor.errors import ConfigError
 from tailor.models.base import Base
 from tailor.models.slots import Slot
@@ -23,44 +22,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-]
+pytestmark = MARKS
 
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "phi3", "qwen3"]
 QUERY_VALUE = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
-IDS = [1, 4, 70, 71, 99, 6, 5, 200, 33]
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
-
-
-def shake(parameters: Any) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def write(folder: Path, files: tuple[dict[str, Any], dict[str, Tensor]]) -> Path:
-    config, tensors = files
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return config, safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
 def loaded_by_peft(model_type: str, folder: Path) -> Any:
     """Every warning is an error here: PEFT only warns of keys that match nothing."""
     return peft.PeftModel.from_pretrained(tiny_model(model_type), str(folder)).eval()
-
-
-@torch.no_grad()
-def their_logits(model: Any) -> Tensor:
-    return model(input_ids=torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS))).logits[0]  # type: ignore[no-any-return]
 
 
 def our_logits(base: Base, slot: Slot) -> Tensor:

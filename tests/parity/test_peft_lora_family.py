@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
 import technique_cases as cases
+from peft_files import CLOSE, IDS, MARKS, read, shake, their_logits, write
 from tailor.artifacts.files import merged_weights
 from tailor.data.examples import Example
 from tailor.data.packing import Placed
@@ -26,39 +25,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-]
+pytestmark = MARKS
 
 MODELS = ["llama", "gpt2", "gpt_neox"]  # plain, Conv1D, with biases
 ENDS = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_fc"), "gpt_neox": ("query_key_value", "dense_4h_to_h")}
-IDS = [1, 4, 70, 71, 99, 6, 5, 200, 33]
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
-
-
-def shake(parameters: Any) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def write(folder: Path, files: tuple[dict[str, Any], dict[str, Tensor]]) -> Path:
-    config, tensors = files
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return config, safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-@torch.no_grad()
-def their_logits(model: Any) -> Tensor:
-    return model(input_ids=torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS))).logits[0]  # type: ignore[no-any-return]
 
 
 def merged_logits(base: Base, slot: Slot, model_type: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import technique_cases as cases
+from peft_files import CLOSE, IDS, MARKS, write
 from tailor.artifacts import artifact as artifacts
 from tailor.artifacts.files import read_peft
 from tailor.data.examples import Example
@@ -30,14 +30,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-]
+pytestmark = MARKS
 
-IDS = [1, 4, 70, 71, 99, 6, 5, 200, 33]
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
 NUM = 4
 # toys carry a number of key/value heads that these do not read, which PEFT would believe
 FULL_HEADS = {"gpt2", "gpt_neox", "opt"}
@@ -58,13 +52,6 @@ def shaken(slot: Slot) -> Slot:
         for parameter in slot.parameters.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return slot
-
-
-def write(folder: Path, files: tuple[dict[str, Any], dict[str, Tensor]]) -> Path:
-    config, tensors = files
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def loaded_by_peft(model_type: str, folder: Path) -> Any:
