@@ -3,7 +3,7 @@
     TailorError                 1   anything a person can act on
     ├── ConfigError             3   a recipe, setting or flag is wrong
     ├── DataError               4   a row, file or record is wrong
-    ├── ResourceError           5   not enough memory, disk or context
+    ├── ResourceError           5   not enough memory, disk or context (OverloadedError: for now)
     ├── NotFoundError           6   no such artifact, run, base or file
     ├── AuthError               7   a gated model or a key that is missing
     ├── ConflictError           8   it exists already, or belongs to another base
@@ -55,6 +55,12 @@ class ResourceError(TailorError):
 
     exit_code = 5
     code = "resources"
+
+
+class OverloadedError(ResourceError):
+    """Too many requests wait already: the same one may be taken later."""
+
+    code = "overloaded"
 
 
 class NotFoundError(TailorError):

@@ -14,6 +14,7 @@ from tailor.artifacts.files import merged_weights
 from tailor.data.packing import MIN_SHARED, Placed, pack
 from tailor.errors import ConfigError, ConflictError
 from tailor.inference.backend import Request, SamplingParams
+from tailor.inference.engine import EngineSettings
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base
 from tailor.models.slots import BASE_SLOT, Slot
@@ -364,7 +365,7 @@ def test_a_mixed_backward_equals_separate_ones(model_type: str) -> None:
 def test_mixed_generation_equals_generation_alone(model_type: str) -> None:
     base = tiny_base(model_type)
     slots = {str(s.number): s for s in company(base) if s}
-    backend = LocalBackend(base, slots, max_sequences=7)  # fewer than requests: rows come and go
+    backend = LocalBackend(base, slots, EngineSettings(max_sequences=7))  # fewer than requests: rows come and go
     requests = [
         Request((user(r.prompt),), name, SamplingParams(max_new_tokens=4 + k))
         for k, name in enumerate([None, *slots])

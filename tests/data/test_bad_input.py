@@ -15,6 +15,7 @@ from tailor.data.rows import ROW_LIMIT, BadRow, BadRowsError
 from tailor.errors import DataError, NotFoundError
 
 GOOD = b'{"prompt": "q", "completion": "a"}'
+CUT = gzip.compress(GOOD * 50, mtime=0)[:-12]
 HI = {"role": "user", "content": "hi"}
 YES = {"role": "assistant", "content": "yes"}
 
@@ -283,7 +284,7 @@ def test_a_header_with_a_column_twice(tmp_path: Path) -> None:
         ("rows.jsonl", "{}".encode("utf-16"), "is UTF-16 text"),
         ("rows.xlsx", b"PK\x03\x04rest", "is a zip or Excel file"),
         ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
-        ("rows.jsonl.gz", gzip.compress(GOOD * 50, mtime=0)[:-12], "the compressed file ends too early, it is truncated"),
+        ("rows.jsonl.gz", CUT, "the compressed file ends too early, it is truncated"),
         ("rows.jsonl.gz", b"\x1f\x8b" + b"\xff" * 50, "the compressed file is damaged"),
         ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("rows.parquet", b"PAR1" + b"x" * 50, "the Parquet file is damaged"),

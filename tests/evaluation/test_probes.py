@@ -16,11 +16,12 @@ from tailor.data.packing import Segment
 from tailor.errors import DataError, NotFoundError, QualityError, ResourceError
 from tailor.evaluation import probes
 from tailor.evaluation.probes import forgetting, general_texts, latency, mixed_batch, request_flops
-from tailor.inference.backend import Request, SamplingParams
-from tailor.inference.engine import Engine, Running
+from tailor.inference.backend import Request, SamplingParams, TokenLogprob
+from tailor.inference.engine import Engine
 from tailor.inference.local import LocalBackend
-from tailor.models.attention import KVCache
+from tailor.inference.scheduler import Running
 from tailor.models.base import Base
+from tailor.models.kv_cache import KVCache
 from tailor.models.plan import Plan
 from tailor.techniques import LoRA, PromptTuning
 from tailor.techniques.prefix_tuning import PrefixTuning
@@ -259,12 +260,14 @@ def test_texts_may_part_at_near_ties_only() -> None:
     gap = float(best - second)
     # in company the runner-up won by a hair: what comes after it cannot be compared
     tokens = [alone.token_ids[0], int(runner_up), 7]
-    other = Running(prompt, 0, alone.sampling, token_ids=tokens, logprobs=[alone.logprobs[0], float(second), -50.0])
+    other = Running(prompt, 0, alone.sampling, token_ids=tokens)
+    logprobs = [alone.logprobs[0], float(second), -50.0]
+    other.tokens = [TokenLogprob(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
     found = probes._compare(base, [(alone, other)], gap / 2)
     assert (found.same_tokens, found.passed) == (False, False)
     assert found.max_difference < 1e-5
     assert probes._compare(base, [(alone, other)], gap * 2).passed
-    other.logprobs[1] += 3 * gap  # won by more than a hair
+    other.tokens[1] = TokenLogprob(tokens[1], float(second) + 3 * gap)  # won by more than a hair
     assert not probes._compare(base, [(alone, other)], gap * 2).passed
     assert probes._compare(base, [(alone, other)], gap * 2).max_difference == pytest.approx(3 * gap, rel=1e-3)
 

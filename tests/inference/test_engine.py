@@ -14,9 +14,10 @@ from torch import Tensor
 from tailor.data.packing import Segment
 from tailor.errors import DataError, NotFoundError, ResourceError
 from tailor.inference.backend import Completion, Request, SamplingParams
-from tailor.inference.engine import Engine, Running
+from tailor.inference.engine import Engine, EngineSettings
 from tailor.inference.local import LocalBackend
 from tailor.inference.sampling import choose, truncated
+from tailor.inference.scheduler import Running
 from tailor.inference.scripted import ScriptedBackend
 from tailor.models.base import Base
 from tailor.models.plan import Plan
@@ -72,7 +73,8 @@ def test_batched_equals_alone_in_any_order(max_sequences: int, tokens_per_pass: 
     alone = [run(Engine(base, ()), [running(p, max_new_tokens=3 + k)])[0] for k, p in enumerate(PROMPTS)]
     for order in itertools.islice(itertools.permutations(range(4)), 0, None, 5):
         sequences = [running(PROMPTS[k], max_new_tokens=3 + k) for k in order]
-        engine = Engine(base, (), max_sequences, tokens_per_pass)
+        limits = EngineSettings(max_sequences=max_sequences, tokens_per_pass=tokens_per_pass)
+        engine = Engine(base, (), limits)
         assert run(engine, sequences) == [alone[k] for k in order]
 
 
@@ -83,7 +85,8 @@ def test_a_seed_belongs_to_its_request() -> None:
     requests.insert(3, ask("greedy beside them"))
     alone = [LocalBackend(base).generate([r])[0].text for r in requests]
     assert [c.text for c in backend.generate(requests)] == alone
-    assert [c.text for c in LocalBackend(base, max_sequences=2).generate(requests[::-1])] == alone[::-1]
+    two_at_once = LocalBackend(base, settings=EngineSettings(max_sequences=2))
+    assert [c.text for c in two_at_once.generate(requests[::-1])] == alone[::-1]
     assert [c.text for c in backend.generate(requests)] == alone, "a second call starts every seed again"
     one, two = (backend.generate([ask("fox", temperature=1.5, seed=s)])[0].text for s in (1, 2))
     assert one != two
@@ -154,13 +157,13 @@ def test_the_answer_ends_with_the_context() -> None:
 def test_caches_are_freed_when_a_sequence_ends() -> None:
     sequences = [running(p) for p in PROMPTS]
     Engine(tiny_base(), ()).run(sequences)
-    assert all(s.cache.length == 0 for s in sequences)
+    assert all(s.cache is None for s in sequences)
 
 
 def test_progress_counts_up_to_all() -> None:
     told: list[int] = []
     requests = [ask("fox", max_new_tokens=k + 1) for k in range(5)]
-    LocalBackend(tiny_base(), max_sequences=2).generate(requests, told.append)
+    LocalBackend(tiny_base(), settings=EngineSettings(max_sequences=2)).generate(requests, told.append)
     assert told == sorted(told)
     assert told[-1] == 5
 
@@ -176,26 +179,40 @@ def test_nothing_to_do() -> None:
 
 
 class Watched(Engine):
-    """Writes down how many tokens and sequences every pass holds."""
+    """Writes down how many tokens of every sequence each pass holds."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self.passes: list[list[int]] = []
 
-    def _forward(self, ordered: Sequence[Running]) -> Tensor:
-        self.passes.append([len(s.pending) for s in ordered])
-        return super()._forward(ordered)
+    def _forward(self, chosen: Sequence[tuple[Running, int]]) -> Tensor:
+        self.passes.append([num for _, num in chosen])
+        return super()._forward(chosen)
 
 
-def test_a_pass_prefills_within_its_budget() -> None:
+def test_a_pass_keeps_its_budget_and_cuts_long_prompts() -> None:
+    engine = Watched(tiny_base(), (), EngineSettings(max_sequences=3, tokens_per_pass=12))
     sizes = [6, 5, 30, 4, 4, 4, 9]
-    engine = Watched(tiny_base(), (), 3, 12)
-    engine.run([running([5] * n, max_new_tokens=3) for n in sizes])
-    prefills = [p for p in engine.passes if max(p) > 1]
-    assert prefills == [[6, 5], [30], [4, 4, 4], [9]], "a prompt beyond the budget goes alone, and the order is kept"
+    engine.run(batch := [running([5] * n, max_new_tokens=3) for n in sizes])
+    assert max(sum(p) for p in engine.passes) <= 12
     assert all(len(p) <= 3 for p in engine.passes)
-    decoded = sum(len(p) for p in engine.passes if max(p) == 1)
-    assert decoded == 2 * len(sizes), "every prompt is prefilled once, every other token costs one token"
+    assert engine.passes[0] == [6, 5, 1], "the third prompt begins with what is left"
+    assert engine.num_prefilled == sum(sizes) - sum(s.num_cached for s in batch)
+    assert engine.num_generated == 3 * len(sizes)
+
+
+def test_a_long_prompt_does_not_keep_others_waiting_for_their_next_token() -> None:
+    engine = Watched(tiny_base(), (), EngineSettings(chunk_size=8))
+    first = running([5] * 4, max_new_tokens=9)
+    engine.add(first)
+    engine.step()
+    engine.add(long := running(list(range(10, 50)), max_new_tokens=2))
+    while not engine.idle:
+        before = len(first.token_ids)
+        engine.step()
+        assert len(first.token_ids) > before or first.finish_reason
+    assert engine.passes[1:6] == [[1, 8]] * 5
+    assert long.finish_reason == "length"
 
 
 # ------------------------------------------------------------------------------------------------ sampling

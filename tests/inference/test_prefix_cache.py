@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tailor.inference.backend import SamplingParams
-from tailor.inference.engine import Engine, Running
+from tailor.inference.engine import Engine
 from tailor.inference.prefix_cache import MAX_ENTRIES, MIN_KEPT, PrefixCache
+from tailor.inference.scheduler import Running
 from tailor.models.base import Base
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot

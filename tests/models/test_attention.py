@@ -14,8 +14,8 @@ from torch import Tensor
 from tailor.data.packing import Segment
 from tailor.errors import ConfigError, ResourceError
 from tailor.models import attention
-from tailor.models.attention import KVCache
 from tailor.models.base import Base, wrap_model
+from tailor.models.kv_cache import KVCache
 from tailor.models.placement import REFUSED, SUPPORTED, placement_of
 from tailor.models.plan import LONG_SEQUENCE, Plan
 from tiny_models import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer

@@ -14,8 +14,8 @@ from tailor.data.packing import MIN_SHARED, Placed, Segment, pack
 from tailor.errors import ConfigError, ResourceError
 from tailor.inference.backend import Request, SamplingParams
 from tailor.inference.local import LocalBackend
-from tailor.models.attention import KVCache
 from tailor.models.base import Base
+from tailor.models.kv_cache import KVCache
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.techniques import LoRA

@@ -20,6 +20,7 @@ from torch import Tensor
 from tailor.artifacts.compatibility import check_base
 from tailor.artifacts.files import (
     ADAPTER_CONFIG,
+    PROMPT,
     TRAINING_STATE,
     folder_hash,
     load_tensors,
@@ -81,12 +82,15 @@ class Artifact:
 
     @property
     def techniques(self) -> tuple[Technique, ...]:
-        """The techniques, with the settings they were trained with."""
-        return TypeAdapter(TechniqueList).validate_python(self.manifest["techniques"])
+        """The techniques, with the settings they were trained with; none of a model that was tuned elsewhere."""
+        found = self.manifest["techniques"]
+        return TypeAdapter(TechniqueList).validate_python(found) if found else ()
 
     @property
     def kind(self) -> str:
-        """The techniques' names joined by +, each once in a prompt table."""
+        """The techniques' names joined by +, each once in a prompt table; "hosted" for a model tuned elsewhere."""
+        if kind := self.manifest.get("kind"):
+            return str(kind)
         kinds = [technique["type"] for technique in self.manifest["techniques"]]
         return "+".join(dict.fromkeys(kinds) if self.tasks else kinds)
 
@@ -241,6 +245,20 @@ def _save_task(  # noqa: PLR0913 - those of `save`
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def save_hosted(name: str, base: str, facts: Mapping[str, Any], *, force: bool = False) -> Artifact:
+    """Write what was made on a hosted base, atomically: `techniques` around it, or a `model` that was tuned there.
+
+    Nothing of a model is here, so that `tailor.json` and prompts are all of it.
+    """
+    folder = check_free(name, force)
+    with atomic_folder(folder, force=force) as draft:
+        for technique in facts["techniques"]:
+            write_json(draft / PROMPT, technique)
+        own = {"name": name, "num_parameters": 0, "num_trained": 0, "base": {"name": base, "fingerprint": ""}}
+        manifest = write_manifest(draft, {**own, **facts})
+    return Artifact(name, folder, manifest)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

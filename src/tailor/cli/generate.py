@@ -12,6 +12,7 @@ from tailor.cli.output import AsJson, BaseOf, Columns, Device, Dtype, Quantize, 
 
 if TYPE_CHECKING:
     from tailor.data.dataset import ReadSettings
+    from tailor.inference.backend import Completion
     from tailor.text.messages import Message
     from tailor.text.render import Tools
     from tailor.text.template import Templates
@@ -50,7 +51,7 @@ def generate(
 ) -> None:
     """Answer a prompt, or every row of a file (all in one batch)."""
     from tailor.data.dataset import ReadSettings
-    from tailor.inference.load import load
+    from tailor.inference.load import HostedCustomized, load
     from tailor.text.messages import Message
 
     reading = ReadSettings(format=format, columns=pairs(columns, "--columns"), skip_bad_rows=skip_bad_rows)
@@ -67,18 +68,27 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    rows: list[dict[str, Any]] = [
-        {
-            "text": c.text,
-            "answer": c.answer,
-            "finish_reason": c.finish_reason,
-            "num_prompt_tokens": c.num_prompt_tokens,
-            "num_tokens": len(c.token_ids),
-        }
-        for c in completions
-    ]
+    rows = [_row(completion) for completion in completions]
+    used: dict[str, Any] = {}
+    if isinstance(customized, HostedCustomized):
+        used = {"usage": customized.backend.usage.to_dict()}
+        for line in (*customized.backend.notes, customized.backend.usage.told()):
+            say(f"note: {line}")
+    emit({"completions": rows, **used}, as_json, lambda console: print(*(row["text"] for row in rows), sep="\n"))
 
-    emit({"completions": rows}, as_json, lambda console: print(*(row["text"] for row in rows), sep="\n"))
+
+def _row(completion: Completion) -> dict[str, Any]:
+    """A completion as JSON knows it."""
+    from tailor.inference.hosted import HostedCompletion
+
+    counted = completion.num_tokens if isinstance(completion, HostedCompletion) else len(completion.token_ids)
+    return {
+        "text": completion.text,
+        "answer": completion.answer,
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_tokens": counted,
+    }
 
 
 def _templates(name: str, task: str | None) -> Templates:

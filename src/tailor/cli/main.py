@@ -26,10 +26,17 @@ COMMANDS = {
     "sweep": (
         "Search settings and techniques on your rows: trials of one base side by side, the hopeless given up early."
     ),
+    "prompt": "Search, show and compare prompts.",
     "recommend": "Say which technique to try first for these rows, why, and the command that tries it.",
     "eval": "Generate and score every row; metrics follow from the kind of task, each with a bootstrap interval.",
+    "hosted": "Tune hosted models: upload rows, follow the job, name the result.",
+    "import-openai": (
+        "Bring the dataset of an OpenAI fine-tune home: its files, checked, and a recipe that tunes a base here."
+    ),
     "generate": "Answer a prompt, or every row of a file (all in one batch).",
     "chat": "Talk to an artifact or a base. `/new` forgets the conversation, `/quit` (or end of input) leaves.",
+    "serve": "Serve bases and their customizations over the OpenAI protocol, all of them in one batch.",
+    "keys": "Create, list and revoke the server's API keys.",
     "verify": (
         "Compare token logprobs between trainer, cached generation, reloaded artifact, merged weights and PEFT export."
     ),
@@ -41,7 +48,7 @@ COMMANDS = {
 `name` is the module `tailor.cli.<name>` with a Typer `app`.
 """
 
-MODULES = {"eval": "evaluate"}
+MODULES = {"eval": "evaluate", "import-openai": "import_openai"}
 
 
 UsageError: Any = typer.BadParameter.__base__

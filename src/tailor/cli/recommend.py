@@ -113,7 +113,10 @@ def _rows(facts: Facts) -> str:
 def _base(facts: Facts) -> str:
     """Base, machine and use, in one line."""
     from tailor.evaluation.drawing.quantities import count, size
+    from tailor.models.files import is_hosted
 
+    if is_hosted(facts.base):
+        return f"base {facts.base}, hosted"
     memory = "unknown memory" if facts.memory is None else size(facts.memory)
     parts = [
         f"base {facts.base}: {count(facts.base_parameters)} parameters, {facts.context:,} tokens of context",

@@ -1,4 +1,4 @@
-"""`tailor resume`: go on with interrupted runs, a comparison or a sweep."""
+"""`tailor resume`: go on with interrupted runs, a comparison, a sweep or a prompt search."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def resume(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="A run's name, its artifact's name (its latest run), its folder, a comparison or a sweep. Several "
-            "runs, or the name of a group that was started together, go on in the same passes.",
+            help="A run's name, its artifact's name (its latest run), its folder, a comparison, a sweep or a "
+            "prompt search. Several runs, or the name of a group that was started together, go on in the same passes.",
         ),
     ],
     as_json: AsJson = False,
@@ -28,6 +28,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted or killed run or comparison, to the result it would have had."""
     from tailor.recipes.compare import known, resume_comparison, unfinished
+    from tailor.recipes.prompt_optimize import known as prompts
     from tailor.recipes.sweep import known as sweeps
 
     if len(names) > 1:
@@ -36,6 +37,9 @@ def resume(
     run = names[0]
     if run in sweeps() and run not in unfinished():
         _sweep(run, as_json=as_json, quiet=quiet)
+        return
+    if run in prompts() and run not in unfinished():
+        _prompt(run, as_json=as_json, quiet=quiet)
         return
     if run not in unfinished() and (run not in known() or _is_run(run)):  # a finished comparison is shown
         _runs([run], as_json=as_json, quiet=quiet)
@@ -67,6 +71,15 @@ def _sweep(name: str, *, as_json: bool, quiet: bool) -> None:
         result = resume_sweep(name, progress=progress, say=(lambda text: None) if quiet else say)
     show_sweep(result, as_json)
     result.check()
+
+
+def _prompt(name: str, *, as_json: bool, quiet: bool) -> None:
+    from tailor.cli.prompt import show_search
+    from tailor.recipes.prompt_optimize import resume_prompt
+
+    with stages(quiet) as progress:
+        result = resume_prompt(name, progress=progress, say=(lambda text: None) if quiet else say)
+    show_search(result, as_json)
 
 
 def _is_run(name: str) -> bool:

@@ -69,6 +69,8 @@ def tune(
     Ctrl-C saves a checkpoint; `tailor resume` goes on. Every setting has a default measured for the technique. Several
     recipes are trained side by side on one copy of the base, each to the result it has alone.
     """
+    from tailor.models.files import is_hosted
+    from tailor.recipes.hosted_prompting import prompt_hosted
     from tailor.recipes.tune import tune as run_tune
     from tailor.recipes.tune_together import tune_many
 
@@ -89,6 +91,9 @@ def tune(
     settings = [text for text in overrides or () if not is_recipe(text)]
     if not others:
         recipe = with_new_tokens(recipe_from(source, given, columns, settings), add_tokens)
+        if is_hosted(recipe.base.name):
+            _show_artifact(prompt_hosted(recipe, quiet=quiet), as_json)
+            return
         show(run_tune(recipe, quiet=quiet), as_json)
         return
     if add_tokens:
@@ -151,7 +156,10 @@ def _flags(given: Mapping[str, str | None], columns: list[str] | None) -> list[s
 
 def show(result: TuneResult, as_json: bool) -> None:
     """Print what a finished run came to. Raises QualityError when the artifact failed its parity check."""
-    artifact = result.artifact
+    _show_artifact(result.artifact, as_json)
+
+
+def _show_artifact(artifact: Artifact, as_json: bool) -> None:
     for note in artifact.manifest.get("notes", []):
         say(f"note: {note}")
     emit(_facts(artifact), as_json, lambda console: _render(console, artifact))

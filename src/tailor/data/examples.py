@@ -96,6 +96,21 @@ class Rendering:
 
         return self._shown(prompt, make, self.max_seq_len - reserve).token_ids
 
+    def continued(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt that is no conversation: virtual tokens, then its text or its ids as they are.
+
+        Raises DataError for ids that are no words, and for a task whose template asks for a conversation.
+        """
+        task = self._task_prompt(())
+        if task.template is not None:
+            raise DataError("this customization fills a template with what a user says", hint="send messages")
+        tokenizer = self.renderer.tokenizer
+        if isinstance(prompt, str):
+            return [*task.ids, *tokenizer.leading_ids(), *tokenizer.encode(prompt)]
+        if strange := [i for i in prompt if not 0 <= i < tokenizer.vocab_size]:
+            raise DataError(f"token id {strange[0]} is not in the vocabulary of {tokenizer.vocab_size}")
+        return [*task.ids, *prompt]
+
     def answered(self, prompt: Sequence[Message], answer: Message, tools: Tools = ()) -> Rendered:
         """A prompt with its answer, of which alone tokens are in the loss."""
         if self._task_prompt(prompt).template is not None:

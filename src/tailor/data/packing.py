@@ -180,7 +180,7 @@ def first_counted(example: Example) -> int:
     return mask.index(1) if 1 in mask else len(mask)
 
 
-def common_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def common_length(one: tuple[object, ...], other: tuple[object, ...]) -> int:
     """How many tokens both begin with, by bisection: comparing slices is quick, comparing tokens is not."""
     same, differ = 0, min(len(one), len(other)) + 1
     while differ - same > 1:

@@ -16,10 +16,12 @@ from pydantic import Field, field_validator
 from tailor.config import Pattern, Strict
 from tailor.data.records import Record, completion_of, prompt_of
 from tailor.errors import ConfigError, DataError, MissingDependencyError, nearest, require
-from tailor.evaluation.passes import Passes, Progress
+from tailor.evaluation.hosted_passes import answer_pattern, passes_over, unscored
+from tailor.evaluation.passes import Progress
 from tailor.evaluation.scores import METRICS, Group, Outcome, metric_named
 from tailor.evaluation.task import MAX_LABELS, Kind, Task, answered, answers_of, find_task, known_answers
 from tailor.inference.backend import Completion, FinishReason, SamplingParams
+from tailor.inference.hosted import HostedBackend
 from tailor.inference.local import LocalBackend
 from tailor.metrics.answers import extract_answer
 from tailor.metrics.bootstrap import Interval
@@ -115,7 +117,7 @@ class Evaluation:
 
 
 def evaluate(
-    backend: LocalBackend,
+    backend: LocalBackend | HostedBackend,
     artifact: str | None,
     records: Sequence[Record],
     *,
@@ -132,12 +134,12 @@ def evaluate(
     """
     started = time.perf_counter()
     chosen = _Chosen.of(records, settings or EvalSettings(), labels)
-    slot = backend.slot(artifact)
-    auto = chosen.settings.metrics == "auto"
-    reasons = auto and slot is not None and slot.answer_pattern is not None
-    names = chosen.metric_names(_usual(chosen.task), lambda name: _obstacle(name, chosen.task, reasons))
+    reasons = chosen.settings.metrics == "auto" and answer_pattern(backend, artifact) is not None
+    names = chosen.metric_names(
+        _usual(chosen.task), lambda name: _obstacle(name, chosen.task, reasons) or unscored(backend, name)
+    )
     needs = {METRICS[name].needs for name in names}
-    passes = Passes.over(backend, artifact, chosen.records, progress)
+    passes = passes_over(backend, artifact, chosen.records, progress)
     found = _Found()
     if "completions" in needs:
         sampling = chosen.settings.sampling or passes.usual_sampling()
@@ -150,6 +152,8 @@ def evaluate(
         found.labels = passes.choose_labels(chosen.task)
     if "likelihood" in needs:
         found.sums = passes.likelihood()
+    if isinstance(backend, HostedBackend):
+        chosen.notes.extend([*backend.notes, f"{backend.endpoint.name}: {backend.usage.told()}"])
     return chosen.evaluation(artifact, names, found, started)
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tailor.data.examples import Example
 from tailor.data.packing import Placed, pack
-from tailor.inference.backend import Request
-from tailor.inference.local import LocalBackend
+from tailor.inference.backend import Backend, Request
 from tailor.models.base import Base
 from tailor.models.slots import BASE_SLOT, Slot
 from tailor.text.messages import Message
@@ -44,7 +43,7 @@ def packed_logprobs(
 
 
 def completion_logprobs(
-    backend: LocalBackend,
+    backend: Backend,
     artifact: str | None,
     prompts: Sequence[tuple[Message, ...]],
     completions: Sequence[str],

@@ -22,8 +22,8 @@ from tailor.data.examples import Example
 from tailor.data.packing import Segment
 from tailor.errors import DataError, QualityError
 from tailor.evaluation.likelihood import packed_logprobs, slot_number
-from tailor.models.attention import KVCache
 from tailor.models.base import Base, plain_experts
+from tailor.models.kv_cache import KVCache
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.text.tokenizer import VIRTUAL

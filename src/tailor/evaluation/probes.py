@@ -21,9 +21,10 @@ from tailor.evaluation.likelihood import packed_logprobs, slot_number
 from tailor.evaluation.parity import COARSE
 from tailor.evaluation.passes import finite
 from tailor.inference.backend import SamplingParams
-from tailor.inference.engine import Engine, Running
+from tailor.inference.engine import Engine, EngineSettings
 from tailor.inference.local import LocalBackend
 from tailor.inference.prefix_cache import PrefixCache
+from tailor.inference.scheduler import Running
 from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.text.messages import Message
@@ -210,7 +211,7 @@ def mixed_batch(
     for name in everyone:
         pairs = [(alone[k], in_company[k]) for k, (who, _) in enumerate(order) if who == name]
         for sequence in [sequence for pair in pairs for sequence in pair]:
-            finite(torch.tensor(sequence.logprobs), name)
+            finite(torch.tensor([*sequence.logprobs, math.nan] if sequence.error else sequence.logprobs), name)
         per_name[name or "base"] = _compare(backend.base, pairs, tolerance)
     return MixedBatch(
         tuple(per_name),
@@ -321,7 +322,7 @@ def _windows(backend: LocalBackend, texts: Sequence[str], num_virtual: int) -> l
 
 
 def general_texts() -> list[str]:
-    """Short English passages about everything and nothing, written for this project; one per line of the file."""
+    """Short English passages about everything and nothing, written for this project."""
     return [line for line in GENERAL_TEXT.read_text("utf-8").splitlines() if line]
 
 
@@ -357,7 +358,8 @@ def _together(
     """Answers that never stop early; all requests are in every pass, from the first to the last."""
     sequences = [_sequence(backend, name, prompt, max_new_tokens) for name, prompt in requests]
     room = sum(len(s.prompt_ids) for s in sequences)
-    Engine(backend.base, (), len(sequences), room, PrefixCache(0)).run(sequences)
+    limits = EngineSettings(max_sequences=len(sequences), tokens_per_pass=room, max_prefix_bytes=0)
+    Engine(backend.base, (), limits).run(sequences)
     return sequences
 
 
@@ -372,7 +374,7 @@ def _answer_one(
 
     With `earlier`, another prompt was answered before, and what both begin with is known.
     """
-    engine = Engine(backend.base, (), prefixes=PrefixCache(0) if earlier is None else PrefixCache())
+    engine = Engine(backend.base, (), prefixes=PrefixCache(0) if earlier is None else None)
     if earlier is not None:
         engine.run([_sequence(backend, name, earlier, 1)])
     times = [time.perf_counter()]
@@ -392,6 +394,5 @@ def _answer_all(backend: LocalBackend, name: str | None, prompts: Prompts, num_t
     """Seconds for all requests, batched as they are served."""
     start = time.perf_counter()
     sequences = [_sequence(backend, name, prompt, num_tokens) for prompt in prompts]
-    limits = backend.engine.max_sequences, backend.engine.tokens_per_pass
-    Engine(backend.base, (), *limits, PrefixCache(0)).run(sequences)
+    Engine(backend.base, (), backend.engine.settings.model_copy(update={"max_prefix_bytes": 0})).run(sequences)
     return time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from tailor.artifacts.artifact import Artifact, attach, find
 from tailor.data.rows import RowError, describe
 from tailor.data.turns import messages
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError
-from tailor.inference.backend import Completion, Request, SamplingParams
+from tailor.inference.backend import Backend, Completion, Request, SamplingParams
+from tailor.inference.hosted import HostedBackend, HostedCustomization
+from tailor.inference.hosted_endpoint import hosted_endpoint
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, load_base
-from tailor.models.files import EMBEDDED
+from tailor.models.files import EMBEDDED, is_hosted
 from tailor.models.slots import Slot
+from tailor.runs import home
+from tailor.techniques.prompting import Prompting
 from tailor.text.messages import Message, user
 from tailor.text.render import Tools
 
@@ -60,19 +64,57 @@ class Customized:
         `tools` holds each prompt's tool schemas. Prompt k draws with `seed` + k, so that one prompt given several
         times gets several answers.
         """
-        params = SamplingParams(**sampling)
-        offered = [()] * len(prompts) if tools is None else tools
-        requests = [
-            Request(
-                as_messages(prompt),
-                self.name,
-                params.model_copy(update={"seed": params.seed + k}),
-                tuple(schemas),
-                task,
-            )
-            for k, (prompt, schemas) in enumerate(zip(prompts, offered, strict=True))
-        ]
-        return self.backend.generate(requests)
+        return ask(self.backend, self.name, prompts, tools, task, sampling)
+
+
+@dataclass(frozen=True)
+class HostedCustomized:
+    """A hosted model, plain or with an artifact: a prompt around it, or a model that was tuned at the same place."""
+
+    backend: HostedBackend
+    artifact: Artifact | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What requests call it: None for the plain model."""
+        return self.artifact.name if self.artifact is not None else None
+
+    def generate(self, prompt: Prompt, *, tools: Tools = (), task: str | None = None, **sampling: Any) -> str:
+        """The answer's text, as `Customized.generate`."""
+        return self.complete([prompt], tools=[tools], task=task, **sampling)[0].text
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tools: Sequence[Tools] | None = None,
+        task: str | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """One completion per prompt, as `Customized.complete`; several are under way at once."""
+        return ask(self.backend, self.name, prompts, tools, task, sampling)
+
+    def stream(self, prompt: Prompt, *, tools: Tools = (), **sampling: Any) -> Iterator[str]:
+        """The answer's text in pieces, as they come."""
+        return self.backend.stream(Request(as_messages(prompt), self.name, SamplingParams(**sampling), tuple(tools)))
+
+
+def ask(
+    backend: Backend,
+    name: str | None,
+    prompts: Sequence[Prompt],
+    tools: Sequence[Tools] | None,
+    task: str | None,
+    sampling: Mapping[str, Any],
+) -> list[Completion]:
+    """One completion per prompt; prompt k draws with `seed` + k."""
+    params = SamplingParams(**sampling)
+    offered = [()] * len(prompts) if tools is None else tools
+    requests = [
+        Request(as_messages(prompt), name, params.model_copy(update={"seed": params.seed + k}), tuple(schemas), task)
+        for k, (prompt, schemas) in enumerate(zip(prompts, offered, strict=True))
+    ]
+    return backend.generate(requests)
 
 
 def load(
@@ -83,14 +125,55 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-) -> Customized:
+) -> Customized | HostedCustomized:
     """An artifact by name or folder (a PEFT folder will do), or a base by name; with `task` one of a prompt table's.
+
+    A base `openai:MODEL@URL` is a hosted one, and so is what was made on it: nothing is loaded, its endpoint is asked.
+    For the others see `load_local`. Raises NotFoundError, ConfigError, AuthError, ConflictError.
+    """
+    if is_hosted(name):
+        if base is not None:
+            raise ConfigError(f"{name} is a base: no other goes under it", hint="load it without a base")
+        return HostedCustomized(HostedBackend(hosted_endpoint(str(name))))
+    artifact = find_or_none(name, task)
+    if artifact is not None and is_hosted(str(base or artifact.base_name)):
+        return _hosted(artifact, None if base is None else str(base))
+    return load_local(name, base, task=task, device=device, dtype=dtype, quantize=quantize)
+
+
+def _hosted(artifact: Artifact, base: str | None) -> HostedCustomized:
+    """An artifact of a hosted base, or a prompt from anywhere put around one."""
+    kinds = [technique["type"] for technique in artifact.manifest["techniques"]]
+    if others := [kind for kind in kinds if kind != "prompting"]:
+        raise ConfigError(
+            f"{artifact.name} is {' and '.join(others)}: that needs the base's weights, and {base} is hosted",
+            hint="on a hosted base: prompting, or `tailor hosted tune`",
+        )
+    foreign = base is None and artifact.folder.absolute().parent != home() / "artifacts"
+    endpoint = hosted_endpoint(base or artifact.base_name, foreign=foreign)
+    prompting = next((t for t in artifact.techniques if isinstance(t, Prompting)), None)
+    own = HostedCustomization(artifact.manifest.get("model"), prompting)
+    return HostedCustomized(HostedBackend(endpoint, {artifact.name: own}), artifact)
+
+
+def load_local(
+    name: str | Path,
+    base: str | Base | None = None,
+    *,
+    task: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+) -> Customized:
+    """An artifact or base whose weights are here, or are fetched.
 
     `base` overrides where the artifact's base is found, or passes one that is loaded already. An artifact's base is
     quantised when it was in training, a model of its own and a base by name when `quantize` says so. Raises
     NotFoundError, and ConflictError when the base's weights are not those the artifact was made on.
     """
     artifact = find_or_none(name, task)
+    if artifact is not None and base is None and is_hosted(artifact.base_name):
+        name, artifact = artifact.base_name, None  # loading it says what can be done with a hosted base
     if artifact is None:
         loaded = load_base(name, device, dtype, quantize)
         return Customized(loaded, LocalBackend(loaded))
@@ -102,6 +185,11 @@ def load(
             )
         loaded = load_base(artifact.folder, device, dtype if dtype != "auto" else _trained_dtype(artifact), quantize)
         return Customized(loaded, LocalBackend(loaded), artifact)
+    if artifact.kind == "hosted":
+        raise ConflictError(
+            f"artifact {artifact.name!r} is a model at {artifact.base_name}: no base here goes under it",
+            hint="load it without a base",
+        )
     if isinstance(base, Base):
         loaded = base
     else:
@@ -128,6 +216,8 @@ def find_or_none(name: str | Path, task: str | None = None) -> Artifact | None:
         artifact = find(name)
     except NotFoundError as error:
         text = str(name)
+        if is_hosted(text) and task is None:
+            return None
         if not (text in EMBEDDED or Path(text).expanduser().is_dir() or text.count("/") == 1):
             raise NotFoundError(f"there is no artifact or base {text!r}", hint=error.hint) from None
         if task is not None:

@@ -9,23 +9,34 @@ from torch import Tensor
 
 from tailor.data.examples import Example, Rendering
 from tailor.data.packing import Placed, pack
-from tailor.errors import DataError, NotFoundError, nearest
-from tailor.inference.backend import Completion, Request
-from tailor.inference.engine import Engine, Running
+from tailor.errors import NotFoundError, nearest
+from tailor.inference.backend import Completion, Request, TokenLogprob
+from tailor.inference.engine import Engine, EngineSettings
+from tailor.inference.scheduler import Running
+from tailor.inference.structured import compiled
+from tailor.inference.text_stream import TextStream, first_stop
+from tailor.inference.votes import generate_with_votes
 from tailor.metrics.answers import extract_answer
+from tailor.metrics.votes import Votes
 from tailor.models.base import Base
-from tailor.models.plan import Plan
 from tailor.models.slots import BASE_SLOT, Slot
+from tailor.models.text_vectors import prompt_vectors
 from tailor.text.messages import Message, user
+from tailor.text.tokenizer import VIRTUAL
 
 
 class LocalBackend:
     """Generates and scores on one base; requests for different customizations share their passes."""
 
-    def __init__(self, base: Base, slots: dict[str, Slot] | None = None, *, max_sequences: int = 64) -> None:
+    def __init__(
+        self,
+        base: Base,
+        slots: dict[str, Slot] | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
         self.base = base
         self.slots = dict(slots or {})
-        self.engine = Engine(base, base.renderer.stop, max_sequences)
+        self.engine = Engine(base, base.renderer.stop, settings)
 
     def slot(self, artifact: str | None) -> Slot | None:
         """The attached customization. Raises NotFoundError when there is none of that name."""
@@ -40,23 +51,52 @@ class LocalBackend:
         return self.base.rendering(self.slot(artifact), task=task)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
-        """One completion per request, in order; `progress` is told how many are complete."""
-        running = [self._running(request) for request in requests]
-        self.engine.run(running, progress)
-        return [self._completion(request, sequence) for request, sequence in zip(requests, running, strict=True)]
+        """One completion per request, in order; `progress` is told how many are complete.
 
-    def _running(self, request: Request) -> Running:
+        Raises as `Engine.add` does, and QualityError for a customization whose weights are broken.
+        """
+        return generate_with_votes(self._generate, requests, self.votes, progress)
+
+    def votes(self, request: Request) -> Votes | None:
+        """How many answers are sampled for this request, of which the majority's is returned."""
+        slot = self.slot(request.artifact)
+        return slot.votes if slot is not None and request.prompt is None else None
+
+    def _generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
+        running = [self.running(request) for request in requests]
+        self.engine.run(running, progress)
+        for request, sequence in zip(requests, running, strict=True):
+            if (error := sequence.error) is not None:
+                raise type(error)(f"{request.artifact or 'the base'}: {error.message}", hint=error.hint) from error
+        return [self.completion(request, sequence) for request, sequence in zip(requests, running, strict=True)]
+
+    def running(self, request: Request, text: TextStream | None = None) -> Running:
+        """The sequence that answers a request; `text`, if given, is told its tokens and ends it at its stop texts."""
         slot = self.slot(request.artifact)
         rendering = self.rendering(request.artifact, request.task)
-        prompt_ids = rendering.prompt(request.messages, request.tools, request.sampling.max_new_tokens)
-        stop = request.sampling.stop
-        parse = rendering.renderer.parse
-        ended = (lambda ids: _first_stop(parse(ids).content, stop) is not None) if stop else (lambda ids: False)
-        return Running(prompt_ids, slot.number if slot else BASE_SLOT, request.sampling, ended)
+        sampling = request.sampling
+        if request.prompt is not None:
+            prompt_ids = rendering.continued(request.prompt)
+        else:
+            prompt_ids = rendering.prompt(request.messages, request.tools, sampling.max_new_tokens)
+        running = Running(prompt_ids, slot.number if slot else BASE_SLOT, sampling, echoes=request.echo)
+        if text is None and sampling.stop:
+            text = self.text_stream(request)
+        if text is not None:
+            running.ended = text.ends
+        if sampling.structure is not None:
+            running.constraint = compiled(sampling.structure, rendering.renderer.tokenizer, rendering.renderer.stop)
+        return running
 
-    def _completion(self, request: Request, sequence: Running) -> Completion:
-        text = self.rendering(request.artifact, request.task).renderer.parse(sequence.token_ids).content
-        cut = _first_stop(text, request.sampling.stop)
+    def text_stream(self, request: Request) -> TextStream:
+        """What makes text of the tokens that answer a request."""
+        return TextStream(self.rendering(request.artifact, request.task).renderer, request.sampling.stop)
+
+    def completion(self, request: Request, sequence: Running) -> Completion:
+        """The answer of a sequence that has ended."""
+        renderer = self.rendering(request.artifact, request.task).renderer
+        text = renderer.parse(sequence.token_ids).content
+        cut = first_stop(text, request.sampling.stop)
         text = text if cut is None else text[:cut]
         slot = self.slot(request.artifact)
         pattern = slot.answer_pattern if slot else None
@@ -69,7 +109,15 @@ class LocalBackend:
             sequence.finish_reason,
             len(sequence.prompt_ids),
             answer,
+            num_cached_tokens=sequence.num_cached,
+            tokens=tuple(sequence.tokens),
+            prompt_tokens=self.echoed(sequence) if request.echo else (),
         )
+
+    def echoed(self, sequence: Running) -> tuple[TokenLogprob | None, ...]:
+        """The prompt's tokens, those that are no words left out; the first of them has nothing before it to follow."""
+        num_virtual = sum(token >= VIRTUAL for token in sequence.prompt_ids)
+        return (None, *sequence.prompt_tokens[num_virtual:])
 
     def logprobs(self, requests: Sequence[Request], completions: Sequence[str]) -> list[Tensor]:
         """Logprobs of the completions' tokens, end-of-turn included; prompts that requests share are computed once."""
@@ -90,29 +138,18 @@ class LocalBackend:
                     scores[segment.index] = logprobs
         return scores
 
-    @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(num_texts, hidden) unit vectors: the mean of the base's last hidden states over each text's tokens.
 
         Raises DataError for a text without tokens (an empty one, on a base that adds nothing to it).
         """
-        prompts = [self.base.renderer.prompt([user(text)]) for text in texts]
-        if not all(prompts):
-            raise DataError(f"text {prompts.index([])} has no tokens, so it has no embedding")
-        examples = [Example(ids, [0] * len(ids)) for ids in prompts]
-        # OPT projects its last hidden states to another width, the head's
-        vectors = torch.empty(len(texts), self.base.head.weight.shape[1])
-        for batch in pack([Placed(e, BASE_SLOT, k) for k, e in enumerate(examples)], self.engine.tokens_per_pass):
-            plan = Plan.of_batch(batch)
-            with self.base.host.run(plan):
-                device = self.base.device
-                hidden = self.base.hidden(plan, batch.input_ids.to(device), batch.position_ids.to(device)).float().cpu()
-            for segment in batch.segments:
-                vectors[segment.index] = hidden[segment.start : segment.end].mean(dim=0)
-        return torch.nn.functional.normalize(vectors, dim=1)
+        return self.embed_inputs(texts)[0]
 
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins."""
-    places = [at for at in (text.find(s) for s in stop) if at >= 0]
-    return min(places) if places else None
+    def embed_inputs(self, inputs: Sequence[str | Sequence[int]]) -> tuple[Tensor, int]:
+        """As `embed`, of texts or token ids as they are, and how many tokens were read."""
+        plain = self.rendering(None)
+        prompts = [
+            plain.prompt([user(given)]) if isinstance(given, str) else plain.continued(given) for given in inputs
+        ]
+        vectors = prompt_vectors(self.base.host, prompts, self.engine.tokens_per_pass)
+        return vectors, sum(map(len, prompts))

@@ -8,83 +8,21 @@ segment boundaries of the running plan and attends inside each sequence: [prefix
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailor.models.block_attention import Scores, block_attention
+from tailor.models.decode import decode
 
 if TYPE_CHECKING:
     from tailor.models.host import SlotHost
     from tailor.models.plan import Plan
 
 ATTENTION = "tailor"
-
-
-class KVCache:
-    """Keys and values of one sequence, per layer (1, G, S, D), in buffers that double when they fill up.
-
-    The first `num_prefix` positions are not the sequence's own: a slot's prefix put them there.
-    """
-
-    def __init__(self) -> None:
-        self.num_prefix = 0
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self._lengths: dict[int, int] = {}
-
-    @property
-    def length(self) -> int:
-        """Tokens stored (of the first layer; all layers agree between passes), the prefix not counted."""
-        return max(0, next(iter(self._lengths.values()), 0) - self.num_prefix)
-
-    def begin(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put a prefix (1, G, P, D) in front, when nothing is stored for this layer yet."""
-        if layer not in self._lengths:
-            self.num_prefix = key.shape[2]
-            self.append(layer, key, value)
-
-    def layers(self) -> Tensor:
-        """(L, 2, G, S, D): the keys and values of all that is stored, the prefix included."""
-        kept = [(self._keys[k][0, :, :end], self._values[k][0, :, :end]) for k, end in sorted(self._lengths.items())]
-        return torch.stack([torch.stack(pair) for pair in kept])
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the buffers."""
-        return sum(t.nbytes for kept in (self._keys, self._values) for t in kept.values())
-
-    def fork(self, length: int) -> KVCache:
-        """A copy of the first `length` tokens, with the prefix before them."""
-        end = length + self.num_prefix
-        copy = KVCache()
-        copy.num_prefix = self.num_prefix
-        copy._keys = {layer: keys[:, :, :end].clone() for layer, keys in self._keys.items()}
-        copy._values = {layer: values[:, :, :end].clone() for layer, values in self._values.items()}
-        copy._lengths = dict.fromkeys(self._lengths, end)
-        return copy
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v of shape (1, G, t, D) of new tokens and return those of the whole sequence so far."""
-        length = self._lengths.get(layer, 0)
-        total = length + key.shape[2]
-        self._keys[layer] = _grown(self._keys.get(layer), key, length, total)
-        self._values[layer] = _grown(self._values.get(layer), value, length, total)
-        self._lengths[layer] = total
-        return self._keys[layer][:, :, :total], self._values[layer][:, :, :total]
-
-
-def _grown(buffer: Tensor | None, new: Tensor, length: int, total: int) -> Tensor:
-    if buffer is None or buffer.shape[2] < total:
-        capacity = max(64, 1 << (total - 1).bit_length())
-        grown = new.new_empty(1, new.shape[1], capacity, new.shape[3])
-        if buffer is not None:
-            grown[:, :, :length] = buffer[:, :, :length]
-        buffer = grown
-    buffer[:, :, length:total] = new
-    return buffer
 
 
 def attend(  # noqa: PLR0913  (the signature is transformers')
@@ -106,6 +44,7 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
     """
     plan: Plan = module.slot_host.running()  # type: ignore[union-attr, operator]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    options = _Options(scaling, sliding_window, softcap)
     prefixes = _prefixes(module.slot_host, plan, layer, key)  # type: ignore[arg-type]
     if plan.in_blocks(query):
         scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
@@ -114,11 +53,51 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
         for own in prefixes.values():
             key, value = torch.cat([key, own[0]], dim=2), torch.cat([value, own[1]], dim=2)
         return block_attention(query[0], key[0], value[0], blocks, scores)[None], None
-    lengths = [segment.length for segment in plan.segments]
-    # split, not slices: its backward is one concatenation, a slice's is a full-size zero tensor per segment
-    queries, keys, values = (list(t.split(lengths, dim=2)) for t in (query, key, value))
+    decoding = plan.decoding(query.device) if plan.generates else None
+    if decoding is None or not decoding.groups:
+        return _one_by_one(plan, range(len(plan.segments)), layer, (query, key, value), prefixes, options), None
+    parts = [decode(group, layer, query, key, value, scaling, sliding_window, softcap) for group in decoding.groups]
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not decoding.left:
+        return found.index_select(0, decoding.order)[None], None
+    rest = _one_by_one(plan, decoding.left, layer, (query, key, value), prefixes, options)
+    output = found.new_empty(query.shape[2], *found.shape[1:])
+    output[torch.cat([group.tokens for group in decoding.groups])] = found
+    done = 0
+    for number in decoding.left:
+        segment = plan.segments[number]
+        output[segment.start : segment.end] = rest[0, done : done + segment.length]
+        done += segment.length
+    return output[None], None
+
+
+class _Options(NamedTuple):
+    """What the model says of its attention."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
+def _one_by_one(
+    plan: Plan,
+    numbers: Sequence[int],
+    layer: int,
+    packed: tuple[Tensor, Tensor, Tensor],
+    prefixes: Mapping[int, tuple[Tensor, Tensor]],
+    options: _Options,
+) -> Tensor:
+    """(1, t, H, D): the attention of some of the plan's segments, each in a call of its own."""
+    if len(numbers) == len(plan.segments):
+        lengths = [segment.length for segment in plan.segments]
+        # split, not slices: its backward is one concatenation, a slice's is a full-size zero tensor per segment
+        queries, keys, values = (list(t.split(lengths, dim=2)) for t in packed)
+    else:
+        where = [slice(segment.start, segment.end) for segment in plan.segments]
+        queries, keys, values = ([t[:, :, place] for place in where] for t in packed)
     outputs = []
-    for row, segment in enumerate(plan.segments):
+    for row in numbers:
+        segment = plan.segments[row]
         prefix = prefixes.get(segment.slot)
         if (cache := plan.caches[row]) is not None:
             if prefix is not None:
@@ -131,17 +110,17 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
             # parents stand before their children, so the parent's keys already include its own parents'
             keys[row] = torch.cat([keys[segment.parent], keys[row]], dim=2)
             values[row] = torch.cat([values[segment.parent], values[row]], dim=2)
-        outputs.append(attention(queries[row], keys[row], values[row], scaling, sliding_window, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(attention(queries[row], keys[row], values[row], *options))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _prefixes(host: SlotHost, plan: Plan, layer: int, like: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values (1, G, P, D) of this layer by slot, of the slots in the pass that have a prefix."""
+    """Keys and values (1, G, P, D) of this layer by slot, of the slots with a prefix that begin sequences here."""
     found = {}
-    for span in plan.spans:
-        if (prefix := host.prefix_of(span.slot)) is not None:
+    for slot in plan.beginning:
+        if (prefix := host.prefix_of(slot)) is not None:
             key, value = prefix.layers()[layer].to(like.dtype)[:, None]
-            found[span.slot] = (key, value)
+            found[slot] = (key, value)
     return found
 
 

@@ -5,13 +5,15 @@ Hooks, not wrappers: the modules inside a block keep their names, and the model'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tailor.models.bank import KEPT_BANKS, Rows
 from tailor.models.dropout import keep_mask
 
 if TYPE_CHECKING:
@@ -22,16 +24,24 @@ Change = Callable[[Tensor, Tensor], Tensor]
 """(t, H) input rows and (t, H) output rows of a block to what is added to the output rows, (t, H)."""
 
 
+Together = Callable[[Tensor, Tensor, Rows], Tensor]
+"""As `Change`, for rows of several slots; rows of nobody get zeros."""
+
+
 @dataclass(frozen=True, eq=False)
 class BlockDelta:
     """One technique's addition to a block's output; `dropout` is on what is added.
 
-    `parameters` are those `change` uses, for counts of operations.
+    `parameters` are those `change` uses, for counts of operations. Deltas of one `kind` can be stacked where nothing is
+    learned: `together(their parts)` makes one change of them all. `part()` is this one's.
     """
 
     change: Change
     parameters: tuple[Tensor, ...] = ()
     dropout: float = 0.0
+    kind: Hashable = None
+    part: Callable[[], Any] = lambda: None
+    together: Callable[[Sequence[Any]], Together] | None = None
 
     def num_operations(self) -> int:
         """Multiplications per token."""
@@ -51,6 +61,7 @@ class SlotBlock:
         self.linears = tuple(linears)
         self.deltas: dict[int, list[BlockDelta]] = {}
         self.slot_host = host
+        self._stacks: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
         self._input: Tensor | None = None
         self._hooks = [
             entry.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -81,6 +92,8 @@ class SlotBlock:
         plan = self.slot_host.running()
         if not any(span.slot in self.deltas for span in plan.spans):
             return None
+        if not torch.is_grad_enabled():
+            return self._changed_in_place(inputs, outputs.clone(), plan)
         lengths = [span.end - span.start for span in plan.spans]
         ins, outs = inputs.split(lengths), list(outputs.split(lengths))
         for k, span in enumerate(plan.spans):
@@ -89,6 +102,40 @@ class SlotBlock:
                 added = delta.change(ins[k], rows)
                 outs[k] = outs[k] + self._noisy(added, plan, span, number, delta.dropout)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _changed_in_place(self, inputs: Tensor, outputs: Tensor, plan: Plan) -> Tensor:
+        """The same without a record for backward: spans of few tokens are changed together where they can be."""
+        touched = [span for span in plan.spans if span.slot in self.deltas]
+        for rows, slots in plan.rows_of(touched, outputs.device):
+            where = slice(rows.start, rows.end)
+            stack = self._stack(plan, slots) if len(slots) > 1 and not plan.training else None
+            if stack is not None:
+                outputs[where] += stack(inputs[where], outputs[where], rows)
+                continue
+            for span in [span for span in touched if span.slot in slots]:
+                for number, delta in enumerate(self.deltas[span.slot]):
+                    own = outputs[span.start : span.end]
+                    added = delta.change(inputs[span.start : span.end], own)
+                    own += self._noisy(added, plan, span, number, delta.dropout)
+        return outputs
+
+    def _stack(self, plan: Plan, slots: tuple[int, ...]) -> Together | None:
+        """The slots' changes in one, as their parameters are now; None when they are not of one kind, or not finite.
+
+        What one of them has that is no number would reach the others' rows through the products.
+        """
+        every = [self.deltas[number] for number in slots]
+        first = every[0][0]
+        if first.together is None or any(len(own) != 1 or own[0].kind != first.kind for own in every):
+            return None
+        key = tuple((number, plan.state_of(self.slot_host.slots[number])) for number in slots)
+        if key not in self._stacks:
+            if not all(bool(p.isfinite().all()) for own in every for p in own[0].parameters):
+                return None
+            self._stacks[key] = first.together([own[0].part() for own in every])
+            if len(self._stacks) > KEPT_BANKS:
+                self._stacks.popitem(last=False)
+        return self._stacks[key]
 
     def _noisy(self, rows: Tensor, plan: Plan, span: Span, number: int, dropout: float) -> Tensor:
         if not dropout or not plan.training:

@@ -16,6 +16,9 @@ from tailor.runs import home
 EMBEDDED = {"tailor-nano": Path(__file__).parent / "embedded"}
 """Bases that ship with the package."""
 
+HOSTED_PREFIX = "openai:"
+"""What names of models begin with whose weights are elsewhere, behind an OpenAI-compatible endpoint."""
+
 FACT_PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 """Configuration and tokenizer: kilobytes to a few megabytes."""
 
@@ -32,6 +35,11 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     AuthError for a gated one, ConfigError for a folder without safetensors.
     """
     name = str(name_or_path)
+    if is_hosted(name):
+        raise ConfigError(
+            f"{name} is hosted: this needs the base's weights, and they stay with its provider",
+            hint="with a hosted base: prompting, generate, chat, eval, compare, recommend, hosted tune",
+        )
     if name in EMBEDDED:
         return EMBEDDED[name]
     for folder in (Path(name).expanduser(), home() / "artifacts" / name):
@@ -45,6 +53,11 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
             hint=f"{nearest(name, EMBEDDED)}; or give a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M",
         )
     return _download(name, weights)
+
+
+def is_hosted(name: str | Path) -> bool:
+    """Whether a base's name is that of a hosted model, `openai:MODEL@URL`."""
+    return str(name).startswith(HOSTED_PREFIX)
 
 
 def absolute_name(name: str) -> str:

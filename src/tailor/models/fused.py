@@ -28,7 +28,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     `offset` is 1 for Gemma, whose weights are kept around zero.
     """
-    return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
+    if torch.is_grad_enabled() or x.numel() > CHUNK:
+        return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
+    # a step of generation: as few calls as can be
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = values * values.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return normed.mul_(weight + offset if offset else weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -80,6 +85,8 @@ def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, keeping its two inputs only (Shazeer 2020, arXiv:2002.05202, section 2)."""
+    if not torch.is_grad_enabled():
+        return nn.functional.silu(gate).mul_(up)
     return _SiluGate.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -103,6 +110,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     cos and sin (1, N, ≤ D) hold every angle twice, in their first and second half; what lies beyond is not turned.
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    if not torch.is_grad_enabled():
+        return _rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
 

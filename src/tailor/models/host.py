@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tailor.data.packing import Segment
 from tailor.errors import ConfigError, ConflictError
-from tailor.models.attention import KVCache
 from tailor.models.block import SlotBlock
 from tailor.models.embedding import SlotEmbedding
+from tailor.models.kv_cache import KVCache
 from tailor.models.linear import SlotLinear, is_linear
 from tailor.models.placement import Block, Placement
 from tailor.models.plan import Plan

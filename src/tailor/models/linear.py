@@ -10,6 +10,7 @@ W' = diag(o) W diag(i) + c·B A. W never gets a gradient here; its product is on
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tailor.models.bank import KEPT_BANKS, Bank, Change
 from tailor.models.dropout import keep_mask
 from tailor.models.nf4 import NF4Linear
 
@@ -110,6 +112,7 @@ class SlotLinear(nn.Module):
         self.base = base
         self.name = name
         self.deltas: dict[int, list[LinearDelta]] = {}
+        self._banks: OrderedDict[tuple[Any, ...], Bank] = OrderedDict()
         self.slot_host = host
         self.transposed = is_conv1d(base)
         self.in_features, self.out_features = linear_sizes(base)
@@ -131,6 +134,9 @@ class SlotLinear(nn.Module):
         if not touched:
             return self.base(x)  # type: ignore[no-any-return]
         assert x.numel() == plan.segments[-1].end * self.in_features, "these are not the plan's tokens"
+        flat = x.reshape(-1, self.in_features)
+        if not torch.is_grad_enabled() and not plan.training:
+            return self._banked(flat, plan, touched).view(*x.shape[:-1], self.out_features)
         tensors: list[Tensor] = []
         parts = [self._part(plan, span, tensors, x) for span in touched]
         weight: Tensor | NF4Linear
@@ -138,8 +144,54 @@ class SlotLinear(nn.Module):
             weight = self.base
         else:
             weight = self.weight.t() if self.transposed else self.weight
-        flat = _SlotAffine.apply(x.reshape(-1, self.in_features), weight, self.bias, parts, *tensors)  # type: ignore[no-untyped-call]
+        flat = _SlotAffine.apply(flat, weight, self.bias, parts, *tensors)  # type: ignore[no-untyped-call]
         return flat.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+
+    def _banked(self, x: Tensor, plan: Plan, touched: Sequence[Span]) -> Tensor:
+        """(t, I) → (t, O) without a record for backward; spans of few tokens are changed together."""
+        pieces = [(rows, self._bank(plan, slots)) for rows, slots in plan.rows_of(touched, x.device)]
+        if not all(bank.finite for _, bank in pieces):
+            pieces = [(plan.rows_alone(span, x.device), self._bank(plan, (span.slot,))) for span in touched]
+        scaled = x
+        if any(bank.inputs is not None for _, bank in pieces):
+            scaled = x.clone()
+            for rows, bank in pieces:
+                scaled[rows.start : rows.end] = bank.before(x[rows.start : rows.end], rows)
+        y: Tensor = self.base(scaled)
+        for rows, bank in pieces:
+            bank.after(x[rows.start : rows.end], y[rows.start : rows.end], self.bias, rows)
+        return y
+
+    def _bank(self, plan: Plan, slots: tuple[int, ...]) -> Bank:
+        """The slots' changes as their parameters are now; the banks used last are kept."""
+        host = self.slot_host
+        key = tuple((number, plan.state_of(host.slots[number])) for number in slots)
+        if key in self._banks:
+            self._banks.move_to_end(key)
+        else:
+            like = next(self.base.parameters(), torch.empty(0, dtype=host.dtype, device=host.device))
+            changes = [self._change(self.deltas[number]) for number in slots]
+            self._banks[key] = Bank.of(changes, like.new_empty(0, dtype=host.dtype))
+            if len(self._banks) > KEPT_BANKS:
+                self._banks.popitem(last=False)
+        return self._banks[key]
+
+    def _change(self, deltas: Sequence[LinearDelta]) -> Change:
+        """What the deltas of one slot come to together."""
+        low_ranks = []
+        inputs, outputs, of_bias, offset = None, None, None, None
+        for delta in deltas:
+            terms = delta.terms()
+            inputs, outputs = _product(inputs, terms.input_scale), _product(outputs, terms.output_scale)
+            of_bias = _product(of_bias, terms.output_scale if terms.scales_bias else None)
+            if terms.bias is not None:
+                offset = terms.bias if offset is None else offset + terms.bias
+            if terms.a is not None and terms.b is not None:
+                low_ranks.append((terms.a, terms.b, terms.scale))
+        if of_bias is not None and self.bias is not None:
+            change = self.bias.to(of_bias.dtype) * (of_bias - 1.0)
+            offset = change if offset is None else offset + change
+        return Change(tuple(low_ranks), inputs, outputs, offset)
 
     def _part(self, plan: Plan, span: Span, tensors: list[Tensor], x: Tensor) -> _Part:
         """One span's part; its tensors are added to those of the function."""
@@ -150,24 +202,18 @@ class SlotLinear(nn.Module):
             tensors.append(tensor)
             return len(tensors) - 1
 
+        deltas = self.deltas[span.slot]
+        change = self._change(deltas)
+        ranked = [(k, delta) for k, delta in enumerate(deltas) if delta.terms().a is not None]
         low_ranks = []
-        inputs, outputs, of_bias, offset = None, None, None, None
-        for number, delta in enumerate(self.deltas[span.slot]):
-            terms = delta.terms()
-            inputs, outputs = _product(inputs, terms.input_scale), _product(outputs, terms.output_scale)
-            of_bias = _product(of_bias, terms.output_scale if terms.scales_bias else None)
-            if terms.bias is not None:
-                offset = terms.bias if offset is None else offset + terms.bias
-            if terms.a is not None and terms.b is not None:
-                keep = None
-                if delta.dropout and plan.training:
-                    name = f"{self.name}/{number}" if number else self.name
-                    keep = keep_mask(self.slot_host, plan, span, name, delta.dropout, x[..., :0, :])
-                low_ranks.append(_LowRank(place(terms.a), place(terms.b), terms.scale, keep))
-        if of_bias is not None and self.bias is not None:
-            change = self.bias.to(of_bias.dtype) * (of_bias - 1.0)
-            offset = change if offset is None else offset + change
-        return _Part(span.start, span.end, tuple(low_ranks), place(inputs), place(outputs), place(offset))
+        for (number, delta), (a, b, scale) in zip(ranked, change.low_ranks, strict=True):
+            keep = None
+            if delta.dropout and plan.training:
+                name = f"{self.name}/{number}" if number else self.name
+                keep = keep_mask(self.slot_host, plan, span, name, delta.dropout, x[..., :0, :])
+            low_ranks.append(_LowRank(place(a), place(b), scale, keep))
+        others = place(change.inputs), place(change.outputs), place(change.offset)
+        return _Part(span.start, span.end, tuple(low_ranks), *others)
 
 
 def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:

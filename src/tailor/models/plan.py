@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tailor.data.packing import Batch, Segment
+from tailor.models.bank import Rows
 from tailor.models.block_attention import Blocks
+from tailor.models.decode import Decoding
+from tailor.models.kv_cache import KVCache, RowCache
 from tailor.models.prefix import behind_prefixes
 
 if TYPE_CHECKING:
-    from tailor.models.attention import KVCache
+    from tailor.models.slots import Slot
 
+LONG_SPAN = 32
+"""Tokens from which a slot's span gets matrix products of its own."""
 LONG_SEQUENCE = 1024
 """Tokens of a sequence, its parents' included, from which the stock attention kernel is as fast as blocks."""
 
@@ -39,11 +45,75 @@ class Plan:
 
     segments: tuple[Segment, ...]
     spans: tuple[Span, ...]
-    caches: tuple[KVCache | None, ...]
+    caches: tuple[KVCache | RowCache | None, ...]
     steps: Mapping[int, int] = field(default_factory=dict)
     training: bool = False
     derived: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     _blocks: dict[tuple[object, ...], Blocks] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def generates(self) -> bool:
+        """Whether keys and values of some sequence are kept from pass to pass."""
+        return any(cache is not None for cache in self.caches)
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """The slots of sequences whose first tokens are in this pass."""
+        pairs = zip(self.segments, self.caches, strict=True)
+        return tuple(dict.fromkeys(s.slot for s, cache in pairs if cache is None or cache.length == 0))
+
+    def decoding(self, device: torch.device) -> Decoding:
+        """How the sequences that get one token more are attended to together; made once for all layers."""
+        if "decoding" not in self.derived:
+            self.derived["decoding"] = Decoding.of(self.segments, self.caches, device)
+        return self.derived["decoding"]  # type: ignore[no-any-return]
+
+    def rows_of(self, spans: Sequence[Span], device: torch.device) -> list[tuple[Rows, tuple[int, ...]]]:
+        """The tokens of these spans with the slots they belong to, for a layer's banks: short spans go together.
+
+        Made once for all layers that the same slots change.
+        """
+        key = ("rows", tuple(span.slot for span in spans))
+        if key not in self.derived:
+            short = [span for span in spans if span.end - span.start < LONG_SPAN]
+            alone = [span for span in spans if span not in short or len(short) == 1]
+            found: list[tuple[Rows, tuple[int, ...]]] = [
+                (self.rows_alone(span, device), (span.slot,)) for span in alone
+            ]
+            if len(short) > 1:
+                found += self._together(short, device)
+            self.derived[key] = found
+        return self.derived[key]  # type: ignore[no-any-return]
+
+    def rows_alone(self, span: Span, device: torch.device) -> Rows:
+        """The tokens of one span, for a bank of its slot alone."""
+        members = torch.zeros(span.end - span.start, dtype=torch.long, device=device)
+        return Rows(span.start, span.end, members, 1, alone=True)
+
+    def _together(self, spans: Sequence[Span], device: torch.device) -> list[tuple[Rows, tuple[int, ...]]]:
+        """Rows from the first to the last of some short spans, cut where a long one stands between them."""
+        runs: list[list[Span]] = []
+        for span in spans:
+            if runs and span.start - runs[-1][-1].end < LONG_SPAN:
+                runs[-1].append(span)
+            else:
+                runs.append([span])
+        found = []
+        for run in runs:
+            start, end = run[0].start, run[-1].end
+            members = torch.full((end - start,), len(run))
+            for number, span in enumerate(run):
+                members[span.start - start : span.end - start] = number
+            rows = Rows(start, end, members.to(device), len(run), alone=len(run) == 1)
+            found.append((rows, tuple(span.slot for span in run)))
+        return found
+
+    def state_of(self, slot: Slot) -> int:
+        """The slot's epoch, asked once: equal ones are equal parameters."""
+        key = ("epoch", slot.number)
+        if key not in self.derived:
+            self.derived[key] = slot.epoch
+        return self.derived[key]  # type: ignore[no-any-return]
 
     def in_blocks(self, query: Tensor) -> bool:
         """Whether attention of these (1, H, T, D) queries runs in blocks: where that was measured to be faster.
@@ -51,7 +121,7 @@ class Plan:
         That is on a CPU, outside generation, up to LONG_SEQUENCE tokens: with shared beginnings, and in half precision
         (docs/log.md). The stock kernel wins elsewhere, and needs no masks, which grow with the square of the length.
         """
-        if query.device.type != "cpu" or any(cache is not None for cache in self.caches):
+        if query.device.type != "cpu" or self.generates:
             return False
         if max(segment.position0 + segment.length for segment in self.segments) > LONG_SEQUENCE:
             return False
@@ -74,7 +144,7 @@ class Plan:
     def of(
         segments: Sequence[Segment],
         *,
-        caches: Sequence[KVCache | None] | None = None,
+        caches: Sequence[KVCache | RowCache | None] | None = None,
         steps: Mapping[int, int] | None = None,
         training: bool = False,
     ) -> Plan:

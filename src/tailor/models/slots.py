@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tailor.errors import ConfigError, ConflictError, nearest
+from tailor.metrics.votes import Votes
 from tailor.models.block import BlockDelta
 from tailor.models.derived import Baked, Derived, T
 from tailor.models.dropout import stable_seed
@@ -73,7 +74,10 @@ class Slot:
         self.renderer: Renderer | None = None
         self.compose: Compose | None = None
         self.answer_pattern: str | None = None
+        self.votes: Votes | None = None
         self.owns_base = False
+        self._seen: tuple[int, ...] = ()
+        self._epoch = 0
 
     @property
     def num_parameters(self) -> int:
@@ -169,6 +173,15 @@ class Slot:
         self.baked = True
         self.num_dropped = trained - self.num_parameters
         return before
+
+    @property
+    def epoch(self) -> int:
+        """Counts up whenever a parameter has changed: what was computed from them is kept under it."""
+        now = (self.revision, *(p._version for p in self.parameters.values()))
+        if now != self._seen:
+            self._seen = now
+            self._epoch += 1
+        return self._epoch
 
     def touch(self) -> None:
         """Say that parameters were changed behind torch's back (through the optimizer's buffer)."""

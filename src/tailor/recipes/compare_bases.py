@@ -10,7 +10,7 @@ from typing import Any
 from tailor.data.examples import Rendering
 from tailor.errors import ConfigError, ConflictError
 from tailor.models.base import Base, dtype_name, load_base, pick_device, pick_dtype
-from tailor.models.files import fingerprint, weight_files
+from tailor.models.files import fingerprint, is_hosted, weight_files
 from tailor.recipes.base_facts import base_facts
 from tailor.recipes.compare_settings import CompareRecipe
 from tailor.recipes.tune_settings import BaseSettings
@@ -21,9 +21,14 @@ LOADED = "bases.json"
 
 
 def renderings(recipe: CompareRecipe) -> dict[str, Rendering]:
-    """How each base spells the rows, known without its weights. Raises ConfigError for a context that it lacks."""
+    """How each base spells the rows, known without its weights; nothing of a hosted one.
+
+    Raises ConfigError for a context that it lacks.
+    """
     found = {}
     for settings in recipe.base:
+        if is_hosted(settings.name):
+            continue  # its endpoint knows how it spells them, and what is too long
         facts = base_facts(settings.name)
         longest = recipe.data.max_seq_len or facts.max_seq_len
         if longest > facts.max_seq_len:
@@ -42,6 +47,8 @@ def machine_facts(recipe: CompareRecipe) -> dict[str, str]:
 
 
 def _precision(settings: BaseSettings) -> dict[str, str]:
+    if is_hosted(settings.name):
+        return {"device": "hosted", "dtype": "hosted"}
     device = pick_device(settings.device)
     dtype = dtype_name(pick_dtype(settings.dtype, device))
     return {"device": device.type, "dtype": dtype}

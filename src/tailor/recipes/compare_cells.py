@@ -21,6 +21,7 @@ from tailor.models.slots import Slot
 from tailor.objectives.objective import Objective
 from tailor.recipes.compare_rows import RESERVE, Draw, Rows, does_not_fit
 from tailor.recipes.compare_settings import CompareRecipe, Entry
+from tailor.recipes.prompt_reasoning import bootstrapped
 from tailor.recipes.tune_prepare import bundles_of
 from tailor.recipes.verify import rendering_for
 from tailor.store import write_json
@@ -268,7 +269,7 @@ def _fitting(
     while True:
         obstacle: TailorError
         try:
-            techniques = tuple(technique.prepare(draw.train, seed) for technique in settings)
+            techniques = bootstrapped(tuple(technique.prepare(draw.train, seed) for technique in settings), base)
         except ConfigError as error:
             obstacle, why = error, f" ({error.message})"
         else:

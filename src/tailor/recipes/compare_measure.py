@@ -13,6 +13,7 @@ from tailor.evaluation.evaluate import evaluate, evaluate_answers
 from tailor.evaluation.scores import METRICS
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base
+from tailor.models.files import is_hosted
 from tailor.recipes.compare_bases import LoadedBase
 from tailor.recipes.compare_cells import (
     Cell,
@@ -26,6 +27,7 @@ from tailor.recipes.compare_cells import (
     takes_its_row,
 )
 from tailor.recipes.compare_groups import groups_of, split_off
+from tailor.recipes.compare_hosted import measure_hosted
 from tailor.recipes.compare_rows import Draw
 from tailor.recipes.compare_settings import Entry
 from tailor.recipes.compare_train import forget, train_together
@@ -39,6 +41,9 @@ def measure(comparison: Comparison) -> None:
         for size, seed in draws:
             _baselines(comparison, size, seed)
     for settings in recipe.base:
+        if is_hosted(settings.name):
+            measure_hosted(comparison, settings.name, draws)
+            continue
         loaded = LoadedBase(settings, comparison.folder)
         _plain(comparison, loaded)
         for size, seed in draws:

@@ -18,6 +18,7 @@ from tailor.evaluation.parity import MAX_TWIN_PARAMETERS
 from tailor.evaluation.probes import forgetting, general_texts, latency, mixed_batch
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, dtype_name, load_base
+from tailor.models.files import is_hosted
 from tailor.models.slots import Slot
 from tailor.recipes.compare_cells import Comparison, takes_its_row
 from tailor.recipes.tune_settings import BaseSettings
@@ -44,6 +45,8 @@ def probe(comparison: Comparison) -> list[dict[str, Any]]:
         return []
     found = []
     for number, settings in enumerate(comparison.recipe.base, 1):
+        if is_hosted(settings.name):
+            continue  # its speed is its network's; what it cost stands in the notes of its rows
         digest = hashlib.sha256(settings.name.encode()).hexdigest()[:8]
         path = comparison.folder / "probes" / f"{number}-{digest}.json"
         if not path.is_file():

@@ -13,12 +13,12 @@ from tailor.errors import ConfigError, QualityError, nearest
 from tailor.evaluation.evaluate import EvalSettings, Evaluation, Progress
 from tailor.evaluation.evaluate import evaluate as score
 from tailor.evaluation.scores import metric_named
-from tailor.inference.load import Customized, load
+from tailor.inference.load import Customized, HostedCustomized, load
 from tailor.techniques.soft_prompt import templates_of
 
 
 def evaluate(
-    name: str | Path | Customized,
+    name: str | Path | Customized | HostedCustomized,
     data: str | Path,
     *,
     settings: EvalSettings | None = None,
@@ -32,7 +32,7 @@ def evaluate(
     The label set of a classification is that of the rows themselves united with the artifact's training labels.
     Raises NotFoundError, DataError, ConfigError.
     """
-    customized = name if isinstance(name, Customized) else load(name)
+    customized = name if isinstance(name, Customized | HostedCustomized) else load(name)
     techniques = customized.artifact.techniques if customized.artifact is not None else ()
     rows = read(str(data), reading or ReadSettings(), templates=templates_of(techniques))
     labels = customized.artifact.manifest.get("labels") if customized.artifact is not None else None
@@ -43,7 +43,7 @@ def evaluate(
     return replace(evaluation, notes=[*_seen_note(customized, rows), *skipped_notes(rows), *evaluation.notes])
 
 
-def _seen_note(customized: Customized, rows: Reading) -> list[str]:
+def _seen_note(customized: Customized | HostedCustomized, rows: Reading) -> list[str]:
     """A warning when the file is the one that the artifact was tuned on."""
     artifact = customized.artifact
     if artifact is None:

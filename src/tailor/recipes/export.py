@@ -11,7 +11,7 @@ from tailor.artifacts import artifact as artifacts
 from tailor.artifacts.artifact import Artifact
 from tailor.errors import ConflictError
 from tailor.evaluation.parity import Parity
-from tailor.inference.load import Customized, load
+from tailor.inference.load import Customized, load_local
 from tailor.recipes.verify import rows_for, verify_folder
 from tailor.store import atomic_folder
 
@@ -36,7 +36,7 @@ def merge(
     Raises ConfigError for techniques that cannot merge, QualityError (keeping nothing) when the merged model answers
     differently.
     """
-    customized = load(name, base)
+    customized = load_local(name, base)
     artifact = _exportable(customized, name)
     facts = {
         **{
@@ -68,7 +68,7 @@ def export(
 
     Raises ConfigError, ConflictError, QualityError as `merge` does, and ConfigError for several tasks.
     """
-    customized = load(name, base, task=task)
+    customized = load_local(name, base, task=task)
     return _write(customized, _exportable(customized, name), Target(folder, format, data, force), None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,8 @@ from tailor.data.records import (
 )
 from tailor.errors import ConfigError
 from tailor.evaluation.task import answers_of, find_task
-from tailor.models.files import absolute_name
+from tailor.inference.hosted_endpoint import hosted_endpoint
+from tailor.models.files import absolute_name, is_hosted
 from tailor.objectives import OBJECTIVES
 from tailor.recipes.base_facts import BaseFacts, base_facts
 from tailor.recipes.machine import memory as system_memory
@@ -38,6 +39,14 @@ MEASURED_ROWS = 1000
 """Rows whose length in tokens is taken, spread over the file; the longest by characters come on top."""
 
 LONGEST = 5
+
+UNKNOWN_CONTEXT = 1 << 30
+"""In tokens: an endpoint does not say what its model takes."""
+
+HOSTED_NOTE = (
+    "the base is hosted: techniques that train need its weights and are left out (`tailor hosted tune` lets its "
+    "provider tune it); tokens are counted with tailor-nano's tokenizer"
+)
 
 MIN_ROWS_PER_LABEL = 5
 """Rows per label below which a label is hardly learned."""
@@ -90,18 +99,29 @@ def recommend(  # noqa: PLR0913 - each is a flag of `tailor recommend`
     if customizations < 1:
         raise ConfigError(f"customizations is {customizations}: it must be at least 1")
     reading = read_records(path, format=format, columns=columns, skip_bad_rows=skip_bad_rows)
-    of_base = base_facts(absolute_name(base))  # as comparisons name it
-    memory, gpu = machine_memory()
+    hosted = is_hosted(base)
+    of_base = _hosted_facts(base) if hosted else base_facts(absolute_name(base))  # as comparisons name it
+    memory, gpu = (None, False) if hosted else machine_memory()
     facts = look(
         reading, of_base, answer_pattern, memory=memory, gpu=gpu, changes=changes, customizations=customizations
     )
     found, unread = measured(home() / "comparisons", reading.content_hash)
-    ranking = rank(
-        facts, {name: one.traits for name, one in TECHNIQUES.items() if one.has_defaults()}, OBJECTIVES, found
-    )
+    usable = {name: one.traits for name, one in TECHNIQUES.items() if one.has_defaults()}
+    if hosted:
+        usable = {"prompting": usable["prompting"]}
+    ranking = rank(facts, usable, OBJECTIVES, found)
     flags = _flags(base, format, columns or {}, skip_bad_rows)
     commands = next_commands(Path(path), facts, ranking, flags, answer_pattern)
-    return Recommendation(Path(path), facts, ranking, tuple(commands), (*notes(facts, ranking, reading), *unread))
+    if hosted and facts.rows:
+        commands.append(shlex.join(["tailor", "hosted", "tune", str(path), "--base", base]))
+    told = (*([HOSTED_NOTE] if hosted else []), *notes(facts, ranking, reading), *unread)
+    return Recommendation(Path(path), facts, ranking, tuple(commands), told)
+
+
+def _hosted_facts(base: str) -> BaseFacts:
+    """What is known of a hosted base without asking it: nothing. Tokens are counted as tailor-nano's."""
+    endpoint = hosted_endpoint(base)
+    return replace(base_facts("tailor-nano"), name=endpoint.name, num_parameters=0, max_seq_len=UNKNOWN_CONTEXT)
 
 
 def machine_memory() -> tuple[int | None, bool]:

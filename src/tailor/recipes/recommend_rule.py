@@ -62,8 +62,8 @@ class Facts:
 
     @property
     def small(self) -> bool:
-        """Whether the base is small (SMALL_BASE)."""
-        return self.base_parameters < SMALL_BASE
+        """Whether the base is small (SMALL_BASE). One that tells no size (0) is a hosted one, and counts as large."""
+        return 0 < self.base_parameters < SMALL_BASE
 
 
 class Standing(IntEnum):

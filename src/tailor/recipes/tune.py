@@ -11,6 +11,7 @@ from tailor.artifacts import artifact as artifacts
 from tailor.config import load_recipe
 from tailor.errors import ConfigError
 from tailor.models.base import Base, load_base
+from tailor.recipes.hosted_prompting import check_not_hosted
 from tailor.recipes.tune_prepare import check_unchanged, new_run, prepare, read_rows, recipe_of
 from tailor.recipes.tune_save import TuneResult, save
 from tailor.recipes.tune_settings import TuneRecipe
@@ -30,6 +31,7 @@ def tune(
     recipe = read_recipe(recipe, overrides)
     artifacts.check_free(recipe.output.name, recipe.output.force, recipe.added_task)
     recipe = recipe.absolute()
+    check_not_hosted(recipe)
     rows = read_rows(recipe, quiet=quiet)
     base = base or load_base(recipe.base.name, recipe.base.device, recipe.base.dtype, recipe.base.quantize)
     prepared = prepare(recipe, rows, base, quiet=quiet)

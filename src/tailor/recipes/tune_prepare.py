@@ -22,6 +22,7 @@ from tailor.models.base import Base, dtype_name
 from tailor.models.slots import Slot
 from tailor.objectives import check_consumed, find_objective
 from tailor.objectives.objective import Objective
+from tailor.recipes.prompt_reasoning import bootstrapped
 from tailor.recipes.tune_settings import TuneRecipe
 from tailor.recipes.verify import rendering_for
 from tailor.runs import Run
@@ -89,6 +90,7 @@ def prepare(recipe: TuneRecipe, rows: Rows, base: Base, *, quiet: bool) -> Prepa
     if recipe.output.add:
         artifacts.check_same_base(recipe.output.name, base)
     techniques = tuple(technique.prepare(dataset.train, recipe.train.seed) for technique in recipe.technique)
+    techniques = bootstrapped(techniques, base)
     slot = base.host.attach(techniques, seed=recipe.train.seed)
     try:
         if recipe.start is not None:

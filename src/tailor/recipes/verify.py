@@ -21,7 +21,7 @@ from tailor.errors import ConfigError, ConflictError, NotFoundError
 from tailor.evaluation.likelihood import packed_logprobs
 from tailor.evaluation.parity import Parity, Scorer, stock_logprobs
 from tailor.evaluation.parity import verify as compare_hops
-from tailor.inference.load import Customized, load
+from tailor.inference.load import Customized, load_local
 from tailor.models.base import Base, dtype_name, load_base
 from tailor.models.slots import Slot
 from tailor.runs import home
@@ -49,7 +49,7 @@ def verify(
     ConflictError when the rows are gone or have changed.
     """
     artifact = find(name).of_task(task)
-    customized = load(name, base, task=artifact.task, device=device, dtype=dtype)
+    customized = load_local(name, base, task=artifact.task, device=device, dtype=dtype)
     records = rows_for(artifact, data)
     rendering = rendering_for(data_settings(artifact), customized.base, customized.slot)
     return verify_artifact(artifact, customized.base, customized.slot, rendering, records, num_rows=num_rows)

@@ -14,15 +14,16 @@ norm). Around the experts of a mixture the block is all of them together, router
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from tailor.models.block import BlockDelta, Change
+from tailor.models.bank import Rows, stacked
+from tailor.models.block import BlockDelta, Change, Together
 from tailor.models.placement import Block
 from tailor.models.slots import Slot
 from tailor.techniques.technique import Defaults, Technique, Traits
@@ -30,6 +31,10 @@ from tailor.techniques.technique import Defaults, Technique, Traits
 Init = Literal["xavier", "normal", "kaiming", "zero"]
 
 NORM_EPS = 1e-5
+NORM = ("norm.weight", "norm.bias")
+
+Own = Mapping[str, Tensor]
+"""The tensors of one adapter, by their names in it."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -114,16 +119,16 @@ class Adapter(Technique):
     def attach(self, slot: Slot) -> None:
         """Put a bottleneck on every block. What comes last in it is zero, so the slot starts as the base."""
         stack = slot.host.placement.layers(slot.host.model)
-        made: dict[str, dict[str, Tensor]] = {}
+        made: dict[str, dict[str, nn.Parameter]] = {}
         for layer in slot.host.layer_numbers(self.target_layers):
             for block in self.blocks:
                 name = f"{block}.adapter" if self.weight_tying else f"{stack}.{layer}.{block}.adapter"
                 if name not in made:
                     made[name] = self._parameters(slot, name)
                 own = made[name]
-                slot.add_block(block, layer, BlockDelta(self._change(own), tuple(own.values()), self.dropout))
+                slot.add_block(block, layer, self._delta(slot, own))
 
-    def _parameters(self, slot: Slot, name: str) -> dict[str, Tensor]:
+    def _parameters(self, slot: Slot, name: str) -> dict[str, nn.Parameter]:
         """Of one adapter, by their names in it."""
         hidden, size = int(slot.host.model.config.hidden_size), self.bottleneck_size  # type: ignore[union-attr, arg-type]
         post = self.norm == "post"
@@ -140,13 +145,20 @@ class Adapter(Technique):
             values |= {"norm.weight": gain, "norm.bias": torch.zeros(hidden)}
         return {key: slot.new_parameter(f"{name}.{key}", value) for key, value in values.items()}
 
-    def _change(self, parameters: Mapping[str, Tensor]) -> Change:
-        """The formula, without `out +`."""
+    def _delta(self, slot: Slot, parameters: Mapping[str, nn.Parameter]) -> BlockDelta:
+        """The formula, without `out +`; adapters of equal form can be stacked."""
+        dtype = slot.host.dtype
+        narrow = slot.derived(lambda: {key: p.to(dtype) for key, p in parameters.items()}, *parameters.values())
+        kind = (self.form, self.norm, self.activation, self.scale, self.bias)
+        every = tuple(parameters.values())
+        return BlockDelta(self._change(narrow), every, self.dropout, ("adapter", *kind), narrow, self._together)
+
+    def _change(self, parameters: Callable[[], Own]) -> Change:
         activation = ACTIVATIONS[self.activation]
 
         def change(inputs: Tensor, outputs: Tensor) -> Tensor:
             x = outputs if self.form == "sequential" else inputs
-            own = {key: parameter.to(x.dtype) for key, parameter in parameters.items()}
+            own = parameters()
             if self.norm == "pre":
                 x = _norm(x, own)
             x = activation(F.linear(x, own["down.weight"], own.get("down.bias")))
@@ -157,8 +169,37 @@ class Adapter(Technique):
 
         return change
 
+    def _together(self, every: Sequence[Own]) -> Together:
+        """Adapters side by side: one product down and one up for all rows, between them each row keeps its own part."""
+        activation = ACTIVATIONS[self.activation]
+        like = every[0]["down.weight"]
+        ranks = tuple(own["down.weight"].shape[0] for own in every)
+        down = torch.cat([own["down.weight"] for own in every])
+        down_bias = torch.cat([own["down.bias"] for own in every]) if self.bias else None
+        up = torch.cat([own["up.weight"] for own in every], dim=1)
+        rows_of = {key: stacked([own.get(key) for own in every], 0.0, like) for key in ("up.bias", *NORM)}
 
-def _norm(x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        def normed(x: Tensor, rows: Rows) -> Tensor:
+            x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+            gain, offset = (rows_of[key].index_select(0, rows.members) for key in NORM)  # type: ignore[union-attr]
+            return torch.addcmul(offset, x, gain)
+
+        def change(inputs: Tensor, outputs: Tensor, rows: Rows) -> Tensor:
+            x = outputs if self.form == "sequential" else inputs
+            if self.norm == "pre":
+                x = normed(x, rows)
+            inner = activation(F.linear(x, down, down_bias)).masked_fill(rows.foreign(ranks), 0)
+            x = F.linear(inner, up)
+            if (bias := rows_of["up.bias"]) is not None:
+                x = x + bias.index_select(0, rows.members)
+            if self.norm == "post":
+                x = normed(x, rows)
+            return x if self.scale == 1.0 else self.scale * x
+
+        return change
+
+
+def _norm(x: Tensor, own: Own) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], own["norm.weight"], own["norm.bias"], NORM_EPS)
 
 

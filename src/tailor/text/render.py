@@ -40,6 +40,9 @@ class Renderer(Protocol):
 
     tokenizer: Tokenizer
     stop: tuple[int, ...]
+    lead: str
+    """What the template puts before an answer's text: `parse` leaves it out, as it does the `trail` after it."""
+    trail: str
 
     def example(
         self,
@@ -92,7 +95,7 @@ class ChatRenderer:
                 "the chat template does not render an assistant turn as a continuation of its generation prompt",
                 hint="use a template whose add_generation_prompt text opens the assistant turn",
             )
-        self._lead, tail = piece.split(probe, 1)
+        self.lead, tail = piece.split(probe, 1)
         tail_ids = tokenizer.encode(tail, continues=True)
         at = next((k for k, i in enumerate(tail_ids) if i in tokenizer.special_ids), None)
         if at is None:
@@ -101,7 +104,7 @@ class ChatRenderer:
                 "a model tuned on it would never learn to stop",
                 hint="add the end-of-turn token (for instance {{ eos_token }}) after the assistant content",
             )
-        self._trail = tokenizer.decode(tail_ids[:at], continues=True)
+        self.trail = tokenizer.decode(tail_ids[:at], continues=True)
         self._end_of_turn = tail_ids[at]
         self.stop = tuple(dict.fromkeys([tail_ids[at]] + ([tokenizer.eos_id] if tokenizer.eos_id is not None else [])))
 
@@ -150,7 +153,7 @@ class ChatRenderer:
 
     def parse(self, token_ids: Sequence[int]) -> Message:
         text = self.tokenizer.decode(before_stop(token_ids, self.stop), continues=True)
-        return Message("assistant", text.removeprefix(self._lead).removesuffix(self._trail))
+        return Message("assistant", text.removeprefix(self.lead).removesuffix(self.trail))
 
     def _piece(self, text: str, start: int, stop: int, marks: Marks = NO_MARKS) -> list[int]:
         return encode_marked(self.tokenizer, text[start:stop], marks, continues=start > 0)
@@ -204,9 +207,10 @@ class PlainRenderer:
                 hint="set eos_token in tokenizer_config.json",
             )
         self.tokenizer = tokenizer
-        self._leading = tokenizer.leading_ids()
+        self.leading = tokenizer.leading_ids()
         self._eos = tokenizer.eos_id
         self.stop: tuple[int, ...] = (tokenizer.eos_id,)
+        self.lead = self.trail = ""
 
     def example(
         self,
@@ -240,7 +244,7 @@ class PlainRenderer:
         if tools:
             raise DataError("this base has no chat template, so it has no place for tools")
         check_contents(self.tokenizer, messages)
-        token_ids = [*prefix_ids, *self._leading]
+        token_ids = [*prefix_ids, *self.leading]
         for index, message in enumerate(messages):
             closes = message.role in ("assistant", "system", "developer") and index + 1 < len(messages)
             text = message.content + ("\n\n" if closes else "")

@@ -1,4 +1,4 @@
-"""Which texts are about the same words: BM25 over an inverted index."""
+"""Which texts are alike: BM25 over an inverted index, cosines of vectors, and MMR, which also wants them to differ."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+Scores = npt.NDArray[np.float64]
+"""One number per text, shape (num_texts,)."""
 
 
 class BM25:
@@ -41,7 +44,7 @@ class BM25:
             idf = math.log(1 + (len(texts) - len(where) + 0.5) / (len(where) + 0.5))
             self._index[word] = (where, idf * tf * (k1 + 1) / (tf + offset[where]))
 
-    def scores(self, query: str) -> npt.NDArray[np.float64]:
+    def scores(self, query: str) -> Scores:
         """The score of every text, shape (num_texts,); 0 where no word is shared. A word asked twice counts twice."""
         total = np.zeros(self._num_texts)
         for word, times in Counter(_words(query)).items():
@@ -52,8 +55,50 @@ class BM25:
 
     def top(self, query: str, k: int) -> list[int]:
         """The k best texts, best first, equal scores in their own order; texts that share no word come last."""
-        order: list[int] = np.argsort(-self.scores(query), kind="stable")[: max(k, 0)].tolist()
-        return order
+        return best(self.scores(query), k)
+
+
+class Cosine:
+    """Cosines between unit vectors, (num_texts, H) of them."""
+
+    def __init__(self, vectors: npt.ArrayLike) -> None:
+        self.vectors = np.asarray(vectors, dtype=np.float64)
+
+    def scores(self, query: npt.ArrayLike) -> Scores:
+        """The cosine of every text with a unit vector (H,)."""
+        found: Scores = self.vectors @ np.asarray(query, dtype=np.float64)
+        return found
+
+
+def best(scores: Scores, k: int) -> list[int]:
+    """The places of the k highest scores, highest first, equal ones in their own order."""
+    order: list[int] = np.argsort(-scores, kind="stable")[: max(k, 0)].tolist()
+    return order
+
+
+def relative(scores: Scores) -> Scores:
+    """Scores as shares of the highest, so that those of different queries can be weighed against each other."""
+    highest = scores.max(initial=0.0)
+    return scores / highest if highest > 0 else scores
+
+
+def mmr(relevance: Scores, likeness: Callable[[int], Scores], k: int, weight: float) -> list[int]:
+    """k texts by maximal marginal relevance (Carbonell & Goldstein 1998, "The Use of MMR", section 2), first first.
+
+    The next one is argmax over d of  weight · relevance(d) - (1 - weight) · max over those taken s of likeness(s)(d).
+    `likeness(s)` is how like text s every text is, on the scale of `relevance`. Weight 1 is the order of `best`.
+    """
+    taken: list[int] = []
+    nearest = np.zeros_like(relevance)
+    free = np.ones(len(relevance), dtype=bool)
+    while len(taken) < min(k, len(relevance)):
+        gains = np.where(free, weight * relevance - (1 - weight) * nearest, -np.inf)
+        chosen = int(np.argmax(gains))
+        alike = likeness(chosen)
+        nearest = np.maximum(nearest, alike) if taken else alike
+        taken.append(chosen)
+        free[chosen] = False
+    return taken
 
 
 def _words(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -108,6 +109,23 @@ class Tokenizer:
         """How one token looks to a reader of the loss mask."""
         return f"<virtual {token_id - VIRTUAL}>" if token_id >= VIRTUAL else self.decode([token_id])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for: a part of a character where the tokenizer cuts characters into bytes."""
+        if token_id >= VIRTUAL:
+            return b""
+        token = str(self.hf.convert_ids_to_tokens(token_id))
+        if token_id not in self.special_ids:
+            if self._byte_level and all(character in _BYTES for character in token):
+                return bytes(_BYTES[character] for character in token)
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+        return self.decode([token_id], continues=True).encode()
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether tokens are written in the byte-level alphabet of GPT-2."""
+        return '"ByteLevel"' in (self.hf.backend_tokenizer.to_str() if hasattr(self.hf, "backend_tokenizer") else "")
+
     def special_in(self, text: str) -> str | None:
         """The first special token that stands literally in `text`: such a text would change the turn structure."""
         return next((special for special in self.special_texts if special in text), None)
@@ -134,6 +152,19 @@ class Tokenizer:
                 date_string=DATE_STRING,
             )
         )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level BPE (Radford et al. 2019, GPT-2's encoder).
+
+    Printable ones stand for themselves, the others follow from U+0100 on.
+    """
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {**{chr(byte): byte for byte in plain}, **{chr(256 + k): byte for k, byte in enumerate(others)}}
+
+
+_BYTES = _byte_alphabet()
 
 
 def _backend(hf: Any) -> Any:

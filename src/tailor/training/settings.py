@@ -22,6 +22,9 @@ class TrainSettings(Strict):
         description="peak learning rate; the technique's own when not given, and of several the last one's: the others "
         "keep their ratio to it",
     )
+    learning_rate_multiplier: float = Field(
+        1.0, gt=0, description="scales the learning rate, the given one or the technique's own"
+    )
     num_epochs: float | None = Field(None, gt=0, description="passes over the rows; or give num_steps")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or give num_epochs")
     batch_size: int | None = Field(None, ge=1, description="examples per optimizer step")
@@ -70,7 +73,7 @@ def resolve_settings(settings: TrainSettings, defaults: Defaults, num_rows: int,
         num_steps = defaults.num_steps(num_rows, batch_size)
     eval_every = settings.eval_every or max(1, num_steps // 10)
     return Resolved(
-        learning_rate=settings.learning_rate or defaults.peak(embedding_rms),
+        learning_rate=(settings.learning_rate or defaults.peak(embedding_rms)) * settings.learning_rate_multiplier,
         num_steps=num_steps,
         batch_size=batch_size,
         warmup_steps=round(settings.warmup_ratio * num_steps),

@@ -1,0 +1,210 @@
+"""What a server can be asked for by name: bases, and the customizations made on them; loaded when they are asked for.
+
+A base is loaded once for all its customizations. Models of their own (full fine-tunes, merged) are further bases; when
+the memory for bases is used up, the one that was asked for longest ago makes room.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from tailor.artifacts.artifact import Artifact, attach, every, find
+from tailor.errors import ConflictError, NotFoundError, ResourceError, nearest
+from tailor.inference.engine import Engine, EngineSettings
+from tailor.inference.local import LocalBackend
+from tailor.models.base import Base, load_base
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One name that can be asked for. `base` is what it was made on, None for a base; `root` is where it is."""
+
+    id: str
+    base: str | None
+    kind: str
+    status: str
+    created: int
+    root: str
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A base in memory, with the backend that answers for it and its customizations."""
+
+    name: str
+    backend: LocalBackend
+    used: float = field(default_factory=time.monotonic)
+    pinned: bool = False
+
+    @property
+    def base(self) -> Base:
+        """The base."""
+        return self.backend.base
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its weights."""
+        model = self.base.model
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+class Library:
+    """The bases that are served, by name, and the artifacts of TAILOR_HOME that were made on one of them.
+
+    `names` restricts which artifacts are served (None: all). `settings` are those of every base's engine. `alias`
+    maps further names to artifacts' names (those of fine-tuning jobs). Further bases stay within `max_base_bytes`.
+    """
+
+    def __init__(
+        self,
+        bases: Sequence[Base],
+        *,
+        names: Sequence[str] | None = None,
+        settings: EngineSettings | None = None,
+        max_base_bytes: int | None = None,
+        alias: Callable[[str], str | None] = lambda name: None,
+    ) -> None:
+        self._settings = settings
+        self._names = None if names is None else set(names)
+        self._extra: dict[str, Path] = {}
+        self._max_base_bytes = max_base_bytes
+        self._lock = threading.RLock()
+        self.alias = alias
+        self.started = int(time.time())
+        self.loaded: dict[str, Loaded] = {}
+        for base in bases:
+            self._install(base.name, base, pinned=True)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those of all bases in memory."""
+        with self._lock:
+            return [loaded.backend.engine for loaded in self.loaded.values()]
+
+    def cards(self) -> list[ModelCard]:
+        """Everything that can be asked for, bases first."""
+        with self._lock:
+            bases = [
+                ModelCard(name, None, "base", "loaded", self.started, str(loaded.base.folder))
+                for name, loaded in self.loaded.items()
+                if loaded.pinned
+            ]
+        return bases + [self._card(artifact) for artifact in self._artifacts()]
+
+    def card(self, name: str) -> ModelCard:
+        """What is known of a name. Raises NotFoundError."""
+        cards = {card.id: card for card in self.cards()}
+        meant = self.alias(name) or name
+        if meant not in cards:
+            raise NotFoundError(f"there is no model {name!r}", hint=nearest(name, cards))
+        return cards[meant]
+
+    def ready(self, name: str) -> tuple[LocalBackend, str | None] | None:
+        """The backend and the artifact's name on it, when all is in memory already."""
+        meant = self.alias(name) or name
+        with self._lock:
+            if meant in self.loaded:
+                return self._used(self.loaded[meant]), None
+            for loaded in self.loaded.values():
+                if meant in loaded.backend.slots:
+                    return self._used(loaded), meant
+        return None
+
+    def fetch(self, name: str) -> Callable[[], tuple[LocalBackend, str | None]]:
+        """Read what is needed for a name, beside running passes; what it returns must be called between passes.
+
+        Raises NotFoundError for an unknown name, and whatever a damaged artifact raises.
+        """
+        card = self.card(name)
+        if card.base is None:
+            return lambda: (self._used(self.loaded[card.id]), None)
+        artifact = find(self._extra.get(card.id, card.id))
+        if artifact.is_base:
+            base = load_base(artifact.folder, dtype=str(artifact.manifest["base"].get("dtype", "auto")))
+            return lambda: self._install(card.id, base)
+        return lambda: self._attach(artifact, card.id)
+
+    def add(self, name: str, folder: Path) -> None:
+        """Serve an artifact that lies in a folder of its own. Raises ConflictError when the name is taken."""
+        if any(card.id == name for card in self.cards()):
+            raise ConflictError(f"there is a model {name!r} already")
+        artifact = find(folder)
+        if artifact.is_base:
+            raise ConflictError(f"{folder} is a model of its own, not an adapter")
+        self._extra[name] = folder
+
+    def drop(self, name: str) -> None:
+        """Detach an artifact, or unload a further base; between passes. What is on disk stays."""
+        with self._lock:
+            loaded = self.loaded.get(name)
+            if loaded is not None and not loaded.pinned:
+                del self.loaded[name]
+            for other in self.loaded.values():
+                slot = other.backend.slots.pop(name, None)
+                if slot is not None:
+                    other.base.host.detach(slot)
+        self._extra.pop(name, None)
+
+    def _artifacts(self) -> list[Artifact]:
+        fingerprints = self._fingerprints()
+        kept = [a for a in every() if self._names is None or a.name in self._names]
+        named = {name: find(folder) for name, folder in self._extra.items()}
+        found = [a for a in kept if a.is_base or a.manifest["base"].get("fingerprint") in fingerprints]
+        return found + [Artifact(name, a.folder, a.manifest) for name, a in named.items()]
+
+    def _fingerprints(self) -> dict[str, Loaded]:
+        with self._lock:
+            return {loaded.base.fingerprint: loaded for loaded in self.loaded.values() if loaded.pinned}
+
+    def _card(self, artifact: Artifact) -> ModelCard:
+        created = artifact.manifest.get("created")
+        stamp = int(datetime.fromisoformat(created).timestamp()) if created else self.started
+        status = "loaded" if self.ready(artifact.name) else "available"
+        base = str(artifact.manifest.get("base", {}).get("name", ""))
+        return ModelCard(artifact.name, base, artifact.kind, status, stamp, str(artifact.folder))
+
+    def _attach(self, artifact: Artifact, name: str) -> tuple[LocalBackend, str | None]:
+        """Attach an artifact to the base it was made on, which is in memory."""
+        fingerprint = artifact.manifest["base"].get("fingerprint")
+        with self._lock:
+            bases = self._fingerprints()
+            loaded = bases.get(fingerprint) or next(iter(bases.values()))
+            if name not in loaded.backend.slots:
+                loaded.backend.slots[name] = attach(loaded.base, artifact)
+            return self._used(loaded), name
+
+    def _install(self, name: str, base: Base, *, pinned: bool = False) -> tuple[LocalBackend, str | None]:
+        """Serve a base that has been loaded; the others that were used longest ago make room for it."""
+        backend = LocalBackend(base, settings=self._settings)
+        loaded = Loaded(name, backend, pinned=pinned)
+        with self._lock:
+            if name in self.loaded:
+                return self._used(self.loaded[name]), None
+            if not pinned and self._max_base_bytes is not None:
+                self._make_room(loaded.num_bytes)
+            self.loaded[name] = loaded
+        return backend, None
+
+    def _make_room(self, num_bytes: int) -> None:
+        assert self._max_base_bytes is not None
+        others = sorted((loaded for loaded in self.loaded.values() if not loaded.pinned), key=lambda one: one.used)
+        while others and sum(other.num_bytes for other in others) + num_bytes > self._max_base_bytes:
+            oldest = next((other for other in others if other.backend.engine.idle), None)
+            if oldest is None:
+                raise ResourceError("all models in memory are answering, and there is no room for another")
+            others.remove(oldest)
+            del self.loaded[oldest.name]
+        if sum(other.num_bytes for other in others) + num_bytes > self._max_base_bytes:
+            raise ResourceError(
+                f"a model of {num_bytes} bytes is more than the server may hold ({self._max_base_bytes})",
+                hint="give the server more memory for models",
+            )
+
+    def _used(self, loaded: Loaded) -> LocalBackend:
+        loaded.used = time.monotonic()
+        return loaded.backend

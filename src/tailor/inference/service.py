@@ -1,0 +1,340 @@
+"""Answers for many callers at once: one thread runs the passes, everybody else asks it from an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
+
+from torch import Tensor
+
+from tailor.artifacts.artifact import find, remove
+from tailor.errors import ConflictError, TailorError
+from tailor.inference.backend import Completion, FinishReason, Request, TokenLogprob
+from tailor.inference.library import Library, ModelCard
+from tailor.inference.local import LocalBackend
+from tailor.inference.scheduler import Running
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of an answer: never half a character or the beginning of a stop text. The last has a reason."""
+
+    text: str
+    tokens: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None = None
+
+
+class Stream:
+    """An answer on its way: iterate over its pieces. Whoever stops early calls `cancel`, which frees its memory."""
+
+    def __init__(
+        self, service: Service, backend: LocalBackend, request: Request, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.text = backend.text_stream(request)
+        self.running = backend.running(request, self.text)
+        self.completion: Completion | None = None
+        self._service = service
+        self._backend = backend
+        self._request = request
+        self._loop = loop
+        self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self._over = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, virtual ones included."""
+        return len(self.running.prompt_ids)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Those of them that had been computed for another request."""
+        return self.running.num_cached
+
+    @property
+    def prompt_tokens(self) -> tuple[TokenLogprob | None, ...]:
+        """An echoed prompt's tokens; complete from the first piece on."""
+        return self._backend.echoed(self.running) if self._request.echo else ()
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._over:
+            raise StopAsyncIteration
+        piece = await self._pieces.get()
+        if isinstance(piece, BaseException):
+            self._over = True
+            raise piece
+        self._over = piece.finish_reason is not None
+        return piece
+
+    async def aclose(self) -> None:
+        """Cancel what is left."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Give up: the answer stops at the next pass. Without effect on one that has ended."""
+        if self.completion is None and self.running.error is None:
+            self._service.forget(self._backend, self.running)
+        self._over = True
+
+    def tell(self) -> None:
+        """The engine's word that this sequence got a token or ended; in the engine's thread."""
+        running = self.running
+        if running.error is not None:
+            self.put(running.error)
+            return
+        text, reason = self.text.take(), running.finish_reason
+        if reason is not None:
+            text += self.text.finish()
+            self.completion = self._backend.completion(self._request, running)
+        self.put(Piece(text, (running.tokens[-1],), reason))
+
+    def put(self, piece: Piece | BaseException) -> None:
+        """Hand a piece to the caller's loop, wherever this is called from."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+class Service:
+    """Answers requests by model name, continuously batched, whatever customizations they are for."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.started = time.monotonic()
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._streams: dict[Running, Stream] = {}
+        self._loading = threading.Lock()
+        self._num = {"requests": 0, "finished": 0, "cancelled": 0, "failed": 0, "prompt_tokens": 0, "cached_tokens": 0}
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, model: str, request: Request) -> Stream:
+        """An answer in pieces.
+
+        Raises NotFoundError for an unknown model, DataError or ConfigError for a request that makes no sense,
+        ResourceError for one that is too long, OverloadedError when too many wait.
+        """
+        backend, artifact = await self._backend(model)
+        loop = asyncio.get_running_loop()
+        # off the loop: templates and tokenizers take their time
+        stream = await asyncio.to_thread(Stream, self, backend, replace(request, artifact=artifact), loop)
+
+        def begin() -> None:
+            backend.engine.add(stream.running)
+            self._streams[stream.running] = stream
+            self._num["requests"] += 1
+
+        await self._between_passes(begin)
+        return stream
+
+    async def complete(self, model: str, requests: Sequence[Request]) -> list[Completion]:
+        """Whole answers, in order; when one of them fails, the others are cancelled."""
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                streams.append(await self.stream(model, request))
+            for stream in streams:
+                async for _ in stream:
+                    pass
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return [stream.completion for stream in streams if stream.completion is not None]
+
+    async def embed(self, model: str, inputs: Sequence[str | tuple[int, ...]]) -> tuple[Tensor, int]:
+        """(n, hidden) unit vectors, and how many tokens were read. Raises NotFoundError, DataError, ResourceError."""
+        backend, _ = await self._backend(model)
+        return await self._between_passes(lambda: backend.embed_inputs(inputs))
+
+    def models(self) -> list[ModelCard]:
+        """Everything that can be asked for."""
+        return self.library.cards()
+
+    def card(self, model: str) -> ModelCard:
+        """What is known of a model. Raises NotFoundError."""
+        return self.library.card(model)
+
+    async def load(self, name: str, path: str | Path | None = None) -> ModelCard:
+        """Have a model in memory; with `path` an artifact that lies there, under a new name.
+
+        Raises NotFoundError, ConflictError, DataError.
+        """
+        if path is not None:
+            await asyncio.to_thread(self.library.add, name, Path(path))
+        try:
+            await self._backend(name)
+        except BaseException:
+            if path is not None:
+                await self._between_passes(lambda: self.library.drop(name))
+            raise
+        return self.card(name)
+
+    async def unload(self, name: str) -> None:
+        """Let a customization go; its running answers end. Raises NotFoundError, and ConflictError for a base."""
+        card = self.card(name)
+        if card.base is None:
+            raise ConflictError(f"{name} is a base: it is served as long as the server runs")
+        await self._between_passes(lambda: self._drop(card.id))
+
+    async def delete(self, name: str) -> None:
+        """Unload an artifact and remove it from disk. Raises as `unload` does."""
+        card = self.card(name)
+        await self.unload(name)
+        await asyncio.to_thread(lambda: remove(find(card.id)))
+
+    async def tokenize(self, model: str, request: Request) -> list[int]:
+        """The token ids of a request's prompt, virtual ones included."""
+        backend, artifact = await self._backend(model)
+        return list(backend.running(replace(request, artifact=artifact)).prompt_ids)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        backend, artifact = await self._backend(model)
+        return backend.rendering(artifact).renderer.tokenizer.decode(token_ids)
+
+    def token_bytes(self, model: str, token_id: int) -> bytes:
+        """The bytes of one token; the model must be in memory."""
+        backend, artifact = self._ready(model)
+        return backend.rendering(artifact).renderer.tokenizer.token_bytes(token_id)
+
+    def context(self, model: str) -> int:
+        """Tokens that prompt and answer may have together; the model must be in memory."""
+        backend, artifact = self._ready(model)
+        return backend.base.room(backend.slot(artifact))
+
+    def vocab_size(self, model: str) -> int:
+        """Ids below this are words; the model must be in memory."""
+        backend, artifact = self._ready(model)
+        return backend.rendering(artifact).renderer.tokenizer.vocab_size
+
+    async def warm(self, model: str) -> None:
+        """Have the model in memory before its facts are asked for. Raises as `stream` does."""
+        await self._backend(model)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Counts since the start, and what is in use now."""
+        engines = self.library.engines
+        return {
+            **self._num,
+            "running": sum(len(e.scheduler.active) for e in engines),
+            "waiting": sum(len(e.scheduler.waiting) for e in engines),
+            "kv_bytes_used": sum(e.pool.used_bytes for e in engines),
+            "kv_bytes": sum(e.pool.num_bytes for e in engines),
+            "kv_bytes_max": sum(e.pool.max_bytes or 0 for e in engines),
+            "prefix_cache_bytes": sum(e.prefixes.num_bytes for e in engines),
+            "prefilled_tokens": sum(e.num_prefilled for e in engines),
+            "generated_tokens": sum(e.num_generated for e in engines),
+            "uptime_seconds": time.monotonic() - self.started,
+        }
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def forget(self, backend: LocalBackend, running: Running) -> None:
+        """Take a sequence out at the next pass."""
+
+        def take_out() -> None:
+            backend.engine.cancel(running)
+            if self._streams.pop(running, None) is not None:
+                self._num["cancelled"] += 1
+
+        self._orders.put(take_out)
+
+    async def close(self) -> None:
+        """End the thread; answers on their way end with an error."""
+        self._orders.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _ready(self, model: str) -> tuple[LocalBackend, str | None]:
+        found = self.library.ready(model)
+        if found is None:
+            raise ConflictError(f"{model} is not in memory")
+        return found
+
+    async def _backend(self, model: str) -> tuple[LocalBackend, str | None]:
+        """The backend of a model, which is loaded if need be beside running passes."""
+        found = self.library.ready(model)
+        if found is not None:
+            return found
+        await asyncio.to_thread(self._loading.acquire)
+        try:
+            install = await asyncio.to_thread(self.library.fetch, model)
+            return await self._between_passes(install)
+        finally:
+            self._loading.release()
+
+    async def _between_passes(self, order: Callable[[], T]) -> T:
+        """Run something in the engine's thread, when no pass runs."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(order())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        if not self.alive:
+            raise ConflictError("the service is closed")
+        self._orders.put(run)
+        return await asyncio.wrap_future(future)
+
+    def _work(self) -> None:
+        """The engine's thread: orders first, then one pass of every base that has something to do."""
+        while True:
+            busy = [engine for engine in self.library.engines if not engine.idle]
+            while not busy or not self._orders.empty():
+                order = self._orders.get()
+                if order is None:
+                    self._end()
+                    return
+                order()
+                busy = [engine for engine in self.library.engines if not engine.idle]
+            for engine in busy:
+                try:
+                    for running in engine.step():
+                        self._tell(running)
+                except Exception as error:
+                    self._fail([*engine.scheduler.active, *engine.scheduler.waiting], error)
+
+    def _tell(self, running: Running) -> None:
+        stream = self._streams.get(running)
+        if stream is None:
+            return
+        stream.tell()
+        if running.ended_at_all:
+            del self._streams[running]
+            self._num["finished" if running.error is None else "failed"] += 1
+            self._num["prompt_tokens"] += len(running.prompt_ids)
+            self._num["cached_tokens"] += running.num_cached
+
+    def _fail(self, sequences: Sequence[Running], error: BaseException) -> None:
+        """A pass failed: whoever was part of it is told, and the thread goes on."""
+        for running in sequences:
+            if (stream := self._streams.pop(running, None)) is not None:
+                stream._backend.engine.cancel(running)
+                stream.put(error)
+                self._num["failed"] += 1
+
+    def _drop(self, name: str) -> None:
+        """Unload, after those that are being answered have been told."""
+        mine = [r for r, s in self._streams.items() if s._request.artifact == name]
+        self._fail(mine, TailorError(f"{name} was unloaded while it answered"))
+        self.library.drop(name)
+
+    def _end(self) -> None:
+        self._fail(list(self._streams), TailorError("the server is shutting down"))
