@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# the first generation of the openai client, beside the newest one: the server must suit both
+OPENAI_1 := $(CURDIR)/$(VENV)/openai-1
+PYTEST := OMP_NUM_THREADS=1 OPENAI_1=$(OPENAI_1) $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check bench docs clean
@@ -55,4 +57,6 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps --target $(OPENAI_1) --upgrade \
+		openai==1.109.1 httpx==0.28.1 httpcore==1.0.9 distro==1.9.0
 	@touch $@

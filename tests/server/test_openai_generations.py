@@ -1,6 +1,6 @@
 """The client's contract once more with its first generation, where a folder holds one.
 
-`pip install --target FOLDER openai==1.109.1 httpx`, then set OPENAI_1 to the folder.
+`make test` makes one; otherwise `pip install --target FOLDER openai==1.109.1 httpx`, and set OPENAI_1 to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pytest
 FOLDER = os.environ.get("OPENAI_1", "")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not FOLDER, reason="OPENAI_1 names no folder with openai 1.x")
 def test_the_first_generation_agrees() -> None:
     environment = {**os.environ, "PYTHONPATH": FOLDER, "OPENAI_1": ""}

@@ -29,7 +29,7 @@ def artifact(folder: Path, base: str) -> Artifact:
 def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Artifact]:
     """What is in TAILOR_HOME, for `chosen`."""
     kept: list[Artifact] = []
-    monkeypatch.setattr("tailor.artifacts.artifact.every", lambda: kept)
+    monkeypatch.setattr("tailor.artifacts.artifact.survey", lambda: (kept, {}))
 
     def find(name: str) -> Artifact | None:
         if name.startswith("base"):

@@ -17,24 +17,24 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from tailor.artifacts.compatibility import check_base
+from tailor.artifacts.compatibility import check_base, describe_base
 from tailor.artifacts.files import (
     ADAPTER_CONFIG,
     PROMPT,
     TRAINING_STATE,
+    damage_told,
     folder_hash,
     load_tensors,
     merged_weights,
     read_peft,
     read_state,
     write_model,
-    write_peft,
     write_state,
     write_techniques,
 )
-from tailor.artifacts.prompt_table import PROMPT_TABLE, in_table, is_table, key_of, named, unnamed, without
+from tailor.artifacts.prompt_table import PROMPT_TABLE, is_table, key_of, named, unnamed, without
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
-from tailor.models.base import Base, dtype_name
+from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.runs import hold, home
 from tailor.store import atomic_folder, write_json
@@ -274,12 +274,6 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def describe_base(base: Base) -> dict[str, str]:
-    """What `tailor.json` says of the base. The fingerprint is that of its files, quantised or not."""
-    facts = {"name": base.name, "fingerprint": base.fingerprint, "dtype": dtype_name(base.dtype)}
-    return facts if base.quantize is None else {**facts, "quantize": base.quantize}
-
-
 def update_manifest(artifact: Artifact, **facts: Any) -> Artifact:
     """The artifact with more facts in `tailor.json` (a parity record, metrics), written atomically.
 
@@ -302,7 +296,7 @@ def find(name_or_path: str | Path) -> Artifact:
             return _read(folder)
         if (folder / ADAPTER_CONFIG).is_file():
             return _foreign(folder)
-    names = [artifact.name for artifact in every()]
+    names = [artifact.name for artifact in survey()[0]]
     raise NotFoundError(
         f"there is no artifact {str(name_or_path)!r} in {home() / 'artifacts'}",
         hint=nearest(str(name_or_path), names) if names else "make one with `tailor tune`",
@@ -311,14 +305,36 @@ def find(name_or_path: str | Path) -> Artifact:
 
 def every() -> list[Artifact]:
     """All artifacts of TAILOR_HOME, by name. A folder whose `tailor.json` is damaged raises DataError."""
-    return [_read(path.parent) for path in sorted((home() / "artifacts").glob(f"[!.]*/{MANIFEST}"))]
+    found, damaged = survey()
+    for error in damaged.values():
+        raise error
+    return found
+
+
+def survey() -> tuple[list[Artifact], dict[str, DataError]]:
+    """All artifacts of TAILOR_HOME that can be read, by name, and what is wrong with the others, by folder."""
+    found: list[Artifact] = []
+    damaged: dict[str, DataError] = {}
+    for path in sorted((home() / "artifacts").glob(f"[!.]*/{MANIFEST}")):
+        try:
+            found.append(_read(path.parent))
+        except FileNotFoundError:  # removed since it was listed
+            continue
+        except DataError as error:
+            damaged[path.parent.name] = error
+    return found, damaged
 
 
 def _read(folder: Path) -> Artifact:
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        return Artifact(str(manifest["name"]), folder, manifest)
-    except (ValueError, KeyError, TypeError) as error:
+        artifact = Artifact(str(manifest["name"]), folder, manifest)
+        if not isinstance(manifest["base"], dict) or not isinstance(artifact.kind, str):
+            raise TypeError("'base' is no object")
+        if created := manifest.get("created"):
+            datetime.datetime.fromisoformat(created)
+        return artifact
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / MANIFEST}: not an artifact's manifest: {error}") from None
 
 
@@ -331,13 +347,15 @@ def _foreign(folder: Path) -> Artifact:
 
 
 def attach(base: Base, artifact: Artifact) -> Slot:
-    """Attach to a loaded base. Raises ConflictError when the artifact was made on other weights.
+    """Attach to a loaded base. Raises ConflictError when the artifact was made on other weights, DataError for damage.
 
     Quantised weights are others than those they were made from: what was trained would not be what is served.
     """
     check_base(base, artifact)
-    slot = base.host.attach(artifact.techniques, baked=True)
-    state = read_state(artifact.folder, artifact.techniques)
+    with damage_told(artifact.name):
+        techniques = artifact.techniques
+        state = read_state(artifact.folder, techniques)
+    slot = base.host.attach(techniques, baked=True)
     try:
         slot.load(state)
     except BaseException:
@@ -373,24 +391,6 @@ def write_merged(base: Base, slot: Slot, techniques: Sequence[Technique], folder
             hint="serve it as it is, or export it with --format peft where PEFT has the technique",
         )
     write_model(folder, base, merged_weights(base, slot))
-
-
-def copy_peft(artifact: Artifact, slot: Slot, base: Base, folder: Path) -> None:
-    """Copy the artifact's PEFT files alone, or write those of a prompt table's task.
-
-    Raises ConfigError for what PEFT has no files for.
-    """
-    kinds = artifact.techniques
-    if len(kinds) != 1:
-        merges = all(technique.traits.merges for technique in kinds)
-        hint = "export it as a merged model (--format hf)" if merges else "serve it as it is"
-        raise ConfigError(f"{artifact.name}: PEFT has no files for a combination of techniques", hint=hint)
-    if reason := kinds[0].beyond_peft():
-        raise ConfigError(f"{artifact.name} cannot be exported for PEFT: {reason}")
-    if in_table(kinds[0]):
-        write_peft(folder, kinds[0].to_peft(slot), base)
-    for path in artifact.folder.glob("adapter_*"):
-        shutil.copyfile(path, folder / path.name)
 
 
 def remove(artifact: Artifact) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tailor.errors import ConflictError
-from tailor.models.base import Base
+from tailor.models.base import Base, dtype_name
 
 if TYPE_CHECKING:
     from tailor.artifacts.artifact import Artifact
@@ -29,6 +29,12 @@ def check_base(base: Base, artifact: Artifact) -> None:
             if trained_on
             else "load the base without --quantize",
         )
+
+
+def describe_base(base: Base) -> dict[str, str]:
+    """What `tailor.json` says of the base. The fingerprint is that of its files, quantised or not."""
+    facts = {"name": base.name, "fingerprint": base.fingerprint, "dtype": dtype_name(base.dtype)}
+    return facts if base.quantize is None else {**facts, "quantize": base.quantize}
 
 
 def _as_loaded(quantize: str | None) -> str:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tailor.artifacts.prompt_table import PROMPT_TABLE, in_table, is_table, key_of, read_tokens
-from tailor.errors import ConfigError, DataError, NotFoundError
+from tailor.errors import ConfigError, DataError, NotFoundError, TailorError
 from tailor.models.base import Base
 from tailor.models.linear import merged
 from tailor.models.nf4 import nf4_layers
@@ -106,6 +107,17 @@ def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
             hint=f"known: {', '.join(PEFT_TYPES)}",
         )
     return kind.from_peft(config, load_tensors(folder / ADAPTER_WEIGHTS))
+
+
+@contextmanager
+def damage_told(name: str) -> Iterator[None]:
+    """Raise DataError with the name of the artifact for whatever goes wrong in reading its files."""
+    try:
+        yield
+    except TailorError:
+        raise
+    except Exception as error:
+        raise DataError(f"the files of artifact {name!r} are damaged: {error}") from error
 
 
 def read_state(folder: Path, techniques: Sequence[Technique]) -> dict[str, Tensor]:

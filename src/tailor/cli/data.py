@@ -1,4 +1,4 @@
-"""`tailor data check`: what is wrong with a data file, and how the base will see its rows."""
+"""`tailor data`: what is wrong with a data file, and how the base will see its rows; `from-traffic` makes one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tailor.cli.data_traffic import from_traffic
 from tailor.cli.output import AsJson, Columns, emit, pairs, say
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from tailor.recipes.check import CheckReport
     from tailor.recipes.check_findings import Finding
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at data files.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Look at data files, and make them of recorded chats."
+)
 
 SHOWN_PLACES = 6
 SHOWN_LABELS = 12
@@ -25,7 +28,7 @@ COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 @app.callback()
 def data() -> None:
-    """Look at data files."""
+    """Look at data files, and make them of recorded chats."""
 
 
 @app.command()
@@ -62,6 +65,9 @@ def check(
     if report.num_errors:
         first = next(finding for finding in report.findings if finding.severity == "error")
         raise DataError(f"{first.path or file}: {visible(first.message)}", hint=first.hint)
+
+
+app.command("from-traffic")(from_traffic)
 
 
 def visible(text: str) -> str:

@@ -18,7 +18,7 @@ from tailor.errors import TailorError, nearest
 COMMANDS = {
     "demo": "Compare every technique on sample support tickets, with the embedded base, in minutes.",
     "init": "Write a recipe with every setting, its default and a comment.",
-    "data": "Look at data files.",
+    "data": "Look at data files, and make them of recorded chats.",
     "plan": "Memory, time and disk of a tuning run, and whether it fits. Nothing of the base's weights is loaded.",
     "tune": "Tune a base on your rows and save the result under a name.",
     "resume": "Go on with an interrupted or killed run or comparison, to the result it would have had.",

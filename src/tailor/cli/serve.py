@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tailor.cli.output import SCHEMA_VERSION, AsJson, Device, Dtype, Quantize, say
+from tailor.cli.serve_vllm import Engine, Force, Output, handed_over
 
 if TYPE_CHECKING:
+    from tailor.inference.engine import EngineSettings
     from tailor.inference.service import Service
     from tailor.models.base import Base
     from tailor.server.settings import ServerSettings
+    from tailor.server.workshop import Workshop
 
 app = typer.Typer(add_completion=False)
 
@@ -56,11 +59,29 @@ MaxKvGb = Annotated[float | None, typer.Option("--max-kv-gb", min=0, help="Memor
 MaxModelsGb = Annotated[
     float | None, typer.Option("--max-models-gb", min=0, help="Memory for full fine-tunes and merged models.")
 ]
+Jobs = Annotated[
+    int, typer.Option("--jobs", min=0, help="Fine-tuning jobs that run at once; 0: they wait for another worker.")
+]
+JobThreads = Annotated[
+    int | None, typer.Option("--job-threads", min=1, help="Threads of a job; half of the cores when not given.")
+]
+Record = Annotated[bool, typer.Option("--record", help="Keep chats that are sent with `store: true`.")]
+RecordAll = Annotated[bool, typer.Option("--record-all", help="Keep all chats.")]
+Redact = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--redact",
+        metavar="NAME|PATTERN",
+        help="What to remove from chats and feedback that are kept: email, phone, credit_card, iban, api_key, all, "
+        "or a regular expression; may be repeated.",
+    ),
+]
 Grace = Annotated[float, typer.Option("--grace", min=0, help="Seconds that running answers may go on after Ctrl-C.")]
 
 
 @app.command()
 def serve(
+    context: typer.Context,
     models: Models = None,
     base: Bases = None,
     host: Host = "127.0.0.1",
@@ -73,53 +94,102 @@ def serve(
     max_waiting: MaxWaiting = 512,
     max_kv_gb: MaxKvGb = None,
     max_models_gb: MaxModelsGb = None,
+    jobs: Jobs = 1,
+    job_threads: JobThreads = None,
+    record: Record = False,
+    record_all: RecordAll = False,
+    redact: Redact = None,
     grace: Grace = 10.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    engine: Engine = "tailor",
+    output: Output = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve bases and their customizations over the OpenAI protocol, all of them in one batch."""
+    if handed_over(context):
+        return
     from tailor.errors import require
 
     for module in ("fastapi", "uvicorn"):  # the other modules import them at their top
         require(module, "server")
-    from tailor.server.auth import keys_path
-    from tailor.server.settings import ServerSettings
-
-    settings = ServerSettings(
-        host=host,
-        port=port,
-        api_keys=tuple(api_key or ()),
-        keys_file=keys_path(),
-        allowed_hosts=tuple(allowed_host or ()),
-        cors_origins=tuple(cors_origin or ()),
-        requests_per_minute=requests_per_minute,
-        grace=grace,
-    )
+    settings = settings_of(context.params)
     check_start(settings)
     bases, names = chosen(models or [], base or [])
 
+    blocks = {name: {"name": name, "device": device, "dtype": dtype, "quantize": quantize} for name in bases}
+    workshop = open_workshop(blocks, settings, jobs, job_threads)
+
     def service() -> Service:
         from tailor.inference.engine import EngineSettings
-        from tailor.inference.library import Library
-        from tailor.inference.service import Service
 
         engine = EngineSettings(max_sequences=max_sequences, max_waiting=max_waiting, max_kv_bytes=_bytes(max_kv_gb))
         loaded = [_loaded(name, device, dtype, quantize) for name in bases]
-        return Service(Library(loaded, names=names, settings=engine, max_base_bytes=_bytes(max_models_gb)))
+        return open_service(loaded, names, engine, _bytes(max_models_gb), workshop)
 
-    run_server(service, settings, as_json)
+    run_server(service, settings, as_json, workshop)
 
 
-def run_server(load: Callable[[], Service], settings: ServerSettings, as_json: bool) -> None:
+def settings_of(asked: Mapping[str, Any]) -> ServerSettings:
+    """The HTTP server's settings among the command's parameters."""
+    from tailor.server.auth import keys_path
+    from tailor.server.settings import ServerSettings
+
+    same = {name: asked[name] for name in ("host", "port", "requests_per_minute", "grace", "record", "record_all")}
+    lists = {"api_keys": "api_key", "allowed_hosts": "allowed_host", "cors_origins": "cors_origin", "redact": "redact"}
+    several = {name: tuple(asked[option] or ()) for name, option in lists.items()}
+    return ServerSettings(keys_file=keys_path(), **same, **several)
+
+
+def open_service(
+    bases: Sequence[Base],
+    names: Sequence[str] | None,
+    engine: EngineSettings,
+    max_base_bytes: int | None,
+    workshop: Workshop,
+) -> Service:
+    """A service of these bases, which knows the models that the workshop's jobs have made."""
+    from tailor.inference.library import Library
+    from tailor.inference.service import Service
+
+    library = Library(
+        bases,
+        names=names,
+        settings=engine,
+        max_base_bytes=max_base_bytes,
+        alias=workshop.jobs.artifact_of,
+        aliases=workshop.aliases,
+    )
+    return Service(library)
+
+
+def open_workshop(
+    blocks: Mapping[str, Mapping[str, str | None]], settings: ServerSettings, jobs: int, job_threads: int | None
+) -> Workshop:
+    """What tunes models beside the server, for the bases that these recipe blocks name."""
+    from tailor.jobs.worker import WorkerSettings
+    from tailor.recipes.tune_settings import BaseSettings
+    from tailor.server.workshop import Workshop
+
+    bases = {name: BaseSettings.model_validate(block).absolute() for name, block in blocks.items()}
+    return Workshop(bases, settings, WorkerSettings(concurrency=jobs, num_threads=job_threads))
+
+
+def run_server(
+    load: Callable[[], Service], settings: ServerSettings, as_json: bool, workshop: Workshop | None = None
+) -> None:
     """Take the port, load, and serve until a signal. Raises ConflictError for a port in use."""
     from tailor.server.app import create_app
     from tailor.server.running import Server, listen
 
     socket = listen(settings)
     service = load()
-    server = Server(create_app(service, settings), settings, lambda port: _announce(service, settings, port, as_json))
+    routers, lifespans = (workshop.routers, (workshop.lifespan,)) if workshop else ((), ())
+    record = workshop.record if workshop else None
+    app = create_app(service, settings, routers=routers, lifespans=lifespans, record=record)
+    server = Server(app, settings, lambda port: _announce(service, settings, port, as_json))
     try:
         server.run(sockets=[socket])
     except KeyboardInterrupt:  # the ordinary way to stop
@@ -139,14 +209,14 @@ def chosen(models: Sequence[str], bases: Sequence[str]) -> tuple[list[str], list
     Models may be named among the artifacts or be bases themselves. Without any base it is the artifacts' one, or the
     embedded base when there are none. Raises ConfigError when it could be several, NotFoundError for unknown names.
     """
-    from tailor.artifacts.artifact import every
+    from tailor.artifacts.artifact import survey
     from tailor.errors import ConfigError
     from tailor.inference.load import find_or_none
 
     found = {name: find_or_none(name) for name in models}
     wanted = [*bases, *(name for name, artifact in found.items() if artifact is None)]
     names = [artifact.name for artifact in found.values() if artifact is not None]
-    artifacts = [artifact for artifact in found.values() if artifact is not None] if models else every()
+    artifacts = [artifact for artifact in found.values() if artifact is not None] if models else survey()[0]
     if not wanted:
         used = dict.fromkeys(artifact.base_name for artifact in artifacts if not artifact.is_base)
         if len(used) > 1:

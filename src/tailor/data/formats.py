@@ -254,7 +254,9 @@ def _helpsteer(row: Fields) -> Record:
             if score is None or not 0 <= score <= 4:
                 raise RowError(f"{name} is {describe(row[name])}; the scale is whole numbers from 0 to 4")
             scores[name] = float(score)
-    return Rated((user(row["prompt"]),), (assistant(row["response"]),), scores)
+    prompt, response = said_turns(row["prompt"], user), said_turns(row["response"], assistant)
+    _check_answer("response", prompt, response)
+    return Rated(prompt, response, scores, meta=_unread(row, "prompt", "response"))
 
 
 def _has_attributes(row: Fields) -> bool:
@@ -379,7 +381,7 @@ FORMATS: dict[str, Format] = {
     ),
     "helpsteer": Format(
         "prompt, response and attribute scores from 0 to 4 (HelpSteer)",
-        {"prompt": TEXT, "response": TEXT},
+        {"prompt": SAID, "response": SAID},
         _helpsteer,
         dict.fromkeys(ATTRIBUTES, ANY),
         also=_has_attributes,

@@ -74,6 +74,7 @@ class Completion:
 
     `tokens` tells more of them when likeliest tokens were asked for. `num_cached_tokens` of the prompt had been
     computed for another request. `prompt_tokens` are those of an echoed prompt; the first has no logprob.
+    `num_outvoted_tokens` were sampled for answers that lost the vote.
     """
 
     text: str
@@ -85,6 +86,12 @@ class Completion:
     num_cached_tokens: int = 0
     tokens: tuple[TokenLogprob, ...] = ()
     prompt_tokens: tuple[TokenLogprob | None, ...] = ()
+    num_outvoted_tokens: int = 0
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """All that was generated for this answer."""
+        return len(self.token_ids) + self.num_outvoted_tokens
 
 
 class Backend(Protocol):

@@ -128,7 +128,7 @@ class Engine:
         """One pass. Returns the sequences that got a token, or ended, in it."""
         chosen = self.scheduler.next_pass(self.tokens_per_pass, self._most_tokens)
         if not chosen:
-            return []
+            return self._stuck()
         chosen.sort(key=lambda pair: pair[0].slot)
         logits = self._forward(chosen)
         moved, rows, row = [], [], 0
@@ -149,6 +149,15 @@ class Engine:
         if moved:
             self._take(moved, logits[rows] if len(rows) < len(logits) else logits)
         return moved
+
+    def _stuck(self) -> list[Running]:
+        """Nothing can be computed: when nothing runs either, the first that waits never will, and ends."""
+        if self.scheduler.active or not self.scheduler.waiting:
+            return []
+        sequence = self.scheduler.waiting[0]
+        sequence.error = ResourceError("there is not enough memory for the keys and values of this request")
+        self.scheduler.remove(sequence)
+        return [sequence]
 
     def _most_tokens(self, sequence: Running) -> int:
         """How much of a prompt one pass may take of this sequence."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from tailor.artifacts.artifact import Artifact, attach, every, find
+from tailor.artifacts.artifact import Artifact, attach, find, survey
+from tailor.artifacts.files import damage_told
 from tailor.errors import ConflictError, NotFoundError, ResourceError, nearest
 from tailor.inference.engine import Engine, EngineSettings
 from tailor.inference.local import LocalBackend
@@ -22,9 +23,13 @@ from tailor.models.base import Base, load_base
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One name that can be asked for. `base` is what it was made on, None for a base; `root` is where it is."""
+    """One name that can be asked for. `base` is what it was made on, None for a base; `root` is where it is.
+
+    `artifact` is its name on disk, where `id` may be another name of the same.
+    """
 
     id: str
+    artifact: str | None
     base: str | None
     kind: str
     status: str
@@ -56,8 +61,9 @@ class Loaded:
 class Library:
     """The bases that are served, by name, and the artifacts of TAILOR_HOME that were made on one of them.
 
-    `names` restricts which artifacts are served (None: all). `settings` are those of every base's engine. `alias`
-    maps further names to artifacts' names (those of fine-tuning jobs). Further bases stay within `max_base_bytes`.
+    `names` restricts which artifacts are served (None: all). `settings` are those of every base's engine. `alias` finds
+    the artifact behind a further name (that of a fine-tuning job's model), `aliases` lists all of them. Further bases
+    stay within `max_base_bytes`.
     """
 
     def __init__(
@@ -68,13 +74,15 @@ class Library:
         settings: EngineSettings | None = None,
         max_base_bytes: int | None = None,
         alias: Callable[[str], str | None] = lambda name: None,
+        aliases: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._settings = settings
         self._names = None if names is None else set(names)
-        self._extra: dict[str, Path] = {}
+        self._extra: dict[str, Artifact] = {}
         self._max_base_bytes = max_base_bytes
         self._lock = threading.RLock()
-        self.alias = alias
+        self._alias = alias
+        self._aliases = aliases
         self.started = int(time.time())
         self.loaded: dict[str, Loaded] = {}
         for base in bases:
@@ -90,24 +98,27 @@ class Library:
         """Everything that can be asked for, bases first."""
         with self._lock:
             bases = [
-                ModelCard(name, None, "base", "loaded", self.started, str(loaded.base.folder))
+                ModelCard(name, None, None, "base", "loaded", self.started, str(loaded.base.folder))
                 for name, loaded in self.loaded.items()
                 if loaded.pinned
             ]
-        return bases + [self._card(artifact) for artifact in self._artifacts()]
+        made = {artifact.name: self._card(artifact) for artifact in self._artifacts()}
+        others = [replace(made[name], id=other) for other, name in self._aliases().items() if name in made]
+        return [*bases, *made.values(), *others]
 
     def card(self, name: str) -> ModelCard:
-        """What is known of a name. Raises NotFoundError."""
+        """What is known of a name. Raises NotFoundError, and DataError where `tailor.json` is damaged."""
         cards = {card.id: card for card in self.cards()}
-        meant = self.alias(name) or name
-        if meant not in cards:
+        if name not in cards:
+            if (damage := survey()[1].get(name)) is not None and (self._names is None or name in self._names):
+                raise damage
             raise NotFoundError(f"there is no model {name!r}", hint=nearest(name, cards))
-        return cards[meant]
+        return cards[name]
 
     def ready(self, name: str) -> tuple[LocalBackend, str | None] | None:
         """The backend and the artifact's name on it, when all is in memory already."""
-        meant = self.alias(name) or name
         with self._lock:
+            meant = name if self._is_in_memory(name) else self._alias(name) or name
             if meant in self.loaded:
                 return self._used(self.loaded[meant]), None
             for loaded in self.loaded.values():
@@ -121,13 +132,15 @@ class Library:
         Raises NotFoundError for an unknown name, and whatever a damaged artifact raises.
         """
         card = self.card(name)
-        if card.base is None:
+        if card.artifact is None:
             return lambda: (self._used(self.loaded[card.id]), None)
-        artifact = find(self._extra.get(card.id, card.id))
+        own = card.artifact
+        artifact = find(self._extra[own].folder if own in self._extra else own)
         if artifact.is_base:
-            base = load_base(artifact.folder, dtype=str(artifact.manifest["base"].get("dtype", "auto")))
-            return lambda: self._install(card.id, base)
-        return lambda: self._attach(artifact, card.id)
+            with damage_told(artifact.name):
+                base = load_base(artifact.folder, dtype=str(artifact.manifest["base"].get("dtype", "auto")))
+            return lambda: self._install(own, base)
+        return lambda: self._attach(artifact, own)
 
     def add(self, name: str, folder: Path) -> None:
         """Serve an artifact that lies in a folder of its own. Raises ConflictError when the name is taken."""
@@ -136,7 +149,7 @@ class Library:
         artifact = find(folder)
         if artifact.is_base:
             raise ConflictError(f"{folder} is a model of its own, not an adapter")
-        self._extra[name] = folder
+        self._extra[name] = artifact
 
     def drop(self, name: str) -> None:
         """Detach an artifact, or unload a further base; between passes. What is on disk stays."""
@@ -150,12 +163,14 @@ class Library:
                     other.base.host.detach(slot)
         self._extra.pop(name, None)
 
+    def _is_in_memory(self, name: str) -> bool:
+        return name in self.loaded or any(name in loaded.backend.slots for loaded in self.loaded.values())
+
     def _artifacts(self) -> list[Artifact]:
         fingerprints = self._fingerprints()
-        kept = [a for a in every() if self._names is None or a.name in self._names]
-        named = {name: find(folder) for name, folder in self._extra.items()}
+        kept = [a for a in survey()[0] if self._names is None or a.name in self._names]
         found = [a for a in kept if a.is_base or a.manifest["base"].get("fingerprint") in fingerprints]
-        return found + [Artifact(name, a.folder, a.manifest) for name, a in named.items()]
+        return found + [Artifact(name, a.folder, a.manifest) for name, a in self._extra.items()]
 
     def _fingerprints(self) -> dict[str, Loaded]:
         with self._lock:
@@ -166,7 +181,7 @@ class Library:
         stamp = int(datetime.fromisoformat(created).timestamp()) if created else self.started
         status = "loaded" if self.ready(artifact.name) else "available"
         base = str(artifact.manifest.get("base", {}).get("name", ""))
-        return ModelCard(artifact.name, base, artifact.kind, status, stamp, str(artifact.folder))
+        return ModelCard(artifact.name, artifact.name, base, artifact.kind, status, stamp, str(artifact.folder))
 
     def _attach(self, artifact: Artifact, name: str) -> tuple[LocalBackend, str | None]:
         """Attach an artifact to the base it was made on, which is in memory."""

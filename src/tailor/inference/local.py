@@ -46,6 +46,11 @@ class LocalBackend:
             raise NotFoundError(f"no customization {artifact!r} is attached", hint=nearest(artifact, self.slots))
         return self.slots[artifact]
 
+    def composes(self, artifact: str | None) -> bool:
+        """Whether a customization rewrites prompts."""
+        slot = self.slot(artifact)
+        return slot is not None and slot.compose is not None
+
     def rendering(self, artifact: str | None, task: str | None = None) -> Rendering:
         """How prompts become tokens for this customization, or for one of its tasks."""
         return self.base.rendering(self.slot(artifact), task=task)

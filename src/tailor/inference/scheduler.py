@@ -101,7 +101,11 @@ class Scheduler:
     def keep(self, sequence: Running) -> None:
         """Keep what was computed of a prompt, now that it is whole, for later prompts that begin with it."""
         assert sequence.cache is not None
-        if not sequence.echoes:
+        num = len(sequence.prompt_ids)
+        new = num - sequence.num_cached
+        # a question behind known shots is asked once: a copy of it all would cost more than it will ever save
+        worthwhile = not sequence.num_cached or new >= max(4 * MIN_KEPT, num // 8)
+        if worthwhile and not sequence.echoes:
             self.prefixes.keep(self._slot_of(sequence), sequence.prompt_ids, sequence.cache)
 
     def next_pass(self, budget: int, most_tokens: Callable[[Running], int]) -> list[tuple[Running, int]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
@@ -16,94 +15,15 @@ from typing import TypeVar
 from torch import Tensor
 
 from tailor.artifacts.artifact import find, remove
-from tailor.errors import ConflictError, TailorError
-from tailor.inference.backend import Completion, FinishReason, Request, TokenLogprob
+from tailor.errors import ConflictError, OverloadedError, TailorError
+from tailor.inference.backend import Completion, Request
 from tailor.inference.library import Library, ModelCard
 from tailor.inference.local import LocalBackend
 from tailor.inference.scheduler import Running
+from tailor.inference.streams import Stream, TokenStream, VotedStream
+from tailor.inference.votes import sampled
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is new of an answer: never half a character or the beginning of a stop text. The last has a reason."""
-
-    text: str
-    tokens: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason | None = None
-
-
-class Stream:
-    """An answer on its way: iterate over its pieces. Whoever stops early calls `cancel`, which frees its memory."""
-
-    def __init__(
-        self, service: Service, backend: LocalBackend, request: Request, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.text = backend.text_stream(request)
-        self.running = backend.running(request, self.text)
-        self.completion: Completion | None = None
-        self._service = service
-        self._backend = backend
-        self._request = request
-        self._loop = loop
-        self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        self._over = False
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt, virtual ones included."""
-        return len(self.running.prompt_ids)
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Those of them that had been computed for another request."""
-        return self.running.num_cached
-
-    @property
-    def prompt_tokens(self) -> tuple[TokenLogprob | None, ...]:
-        """An echoed prompt's tokens; complete from the first piece on."""
-        return self._backend.echoed(self.running) if self._request.echo else ()
-
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        return self
-
-    async def __anext__(self) -> Piece:
-        if self._over:
-            raise StopAsyncIteration
-        piece = await self._pieces.get()
-        if isinstance(piece, BaseException):
-            self._over = True
-            raise piece
-        self._over = piece.finish_reason is not None
-        return piece
-
-    async def aclose(self) -> None:
-        """Cancel what is left."""
-        self.cancel()
-
-    def cancel(self) -> None:
-        """Give up: the answer stops at the next pass. Without effect on one that has ended."""
-        if self.completion is None and self.running.error is None:
-            self._service.forget(self._backend, self.running)
-        self._over = True
-
-    def tell(self) -> None:
-        """The engine's word that this sequence got a token or ended; in the engine's thread."""
-        running = self.running
-        if running.error is not None:
-            self.put(running.error)
-            return
-        text, reason = self.text.take(), running.finish_reason
-        if reason is not None:
-            text += self.text.finish()
-            self.completion = self._backend.completion(self._request, running)
-        self.put(Piece(text, (running.tokens[-1],), reason))
-
-    def put(self, piece: Piece | BaseException) -> None:
-        """Hand a piece to the caller's loop, wherever this is called from."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
 
 class Service:
@@ -113,29 +33,54 @@ class Service:
         self.library = library
         self.started = time.monotonic()
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._streams: dict[Running, Stream] = {}
-        self._loading = threading.Lock()
+        self._streams: dict[Running, TokenStream] = {}
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._gate = threading.Lock()
+        self._closed = False
         self._num = {"requests": 0, "finished": 0, "cancelled": 0, "failed": 0, "prompt_tokens": 0, "cached_tokens": 0}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     async def stream(self, model: str, request: Request) -> Stream:
-        """An answer in pieces.
+        """An answer in pieces; one that is voted on comes in one.
 
         Raises NotFoundError for an unknown model, DataError or ConfigError for a request that makes no sense,
         ResourceError for one that is too long, OverloadedError when too many wait.
         """
         backend, artifact = await self._backend(model)
+        named = replace(request, artifact=artifact)
+        votes = backend.votes(named)
+        if votes is None:
+            return await self._begin(backend, named)
+        streams: list[TokenStream] = []
+        try:
+            for sample in sampled(named, votes):
+                streams.append(await self._begin(backend, sample))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return VotedStream(streams)
+
+    async def _begin(self, backend: LocalBackend, request: Request) -> TokenStream:
+        """A stream whose sequence waits for its turn."""
         loop = asyncio.get_running_loop()
-        # off the loop: templates and tokenizers take their time
-        stream = await asyncio.to_thread(Stream, self, backend, replace(request, artifact=artifact), loop)
+        if backend.composes(request.artifact):  # what rewrites prompts may ask the base for vectors: not beside a pass
+            stream = await self._between_passes(lambda: TokenStream(self, backend, request, loop))
+        else:
+            stream = await asyncio.to_thread(TokenStream, self, backend, request, loop)
 
         def begin() -> None:
+            self._check_there(backend, request, stream.running)
             backend.engine.add(stream.running)
             self._streams[stream.running] = stream
             self._num["requests"] += 1
 
-        await self._between_passes(begin)
+        try:
+            await self._between_passes(begin)
+        except BaseException:  # whoever is cancelled here may have begun already
+            stream.cancel()
+            raise
         return stream
 
     async def complete(self, model: str, requests: Sequence[Request]) -> list[Completion]:
@@ -183,21 +128,22 @@ class Service:
 
     async def unload(self, name: str) -> None:
         """Let a customization go; its running answers end. Raises NotFoundError, and ConflictError for a base."""
-        card = self.card(name)
-        if card.base is None:
-            raise ConflictError(f"{name} is a base: it is served as long as the server runs")
-        await self._between_passes(lambda: self._drop(card.id))
+        own = self._artifact(name)
+        await self._between_passes(lambda: self._drop(own))
 
     async def delete(self, name: str) -> None:
         """Unload an artifact and remove it from disk. Raises as `unload` does."""
-        card = self.card(name)
+        own = self._artifact(name)
         await self.unload(name)
-        await asyncio.to_thread(lambda: remove(find(card.id)))
+        await asyncio.to_thread(lambda: remove(find(own)))
 
     async def tokenize(self, model: str, request: Request) -> list[int]:
         """The token ids of a request's prompt, virtual ones included."""
         backend, artifact = await self._backend(model)
-        return list(backend.running(replace(request, artifact=artifact)).prompt_ids)
+        named = replace(request, artifact=artifact)
+        if backend.composes(artifact):
+            return await self._between_passes(lambda: list(backend.running(named).prompt_ids))
+        return await asyncio.to_thread(lambda: list(backend.running(named).prompt_ids))
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -257,7 +203,15 @@ class Service:
     async def close(self) -> None:
         """End the thread; answers on their way end with an error."""
         self._orders.put(None)
+        self._loader.shutdown(wait=False)
         await asyncio.to_thread(self._thread.join)
+
+    def _artifact(self, name: str) -> str:
+        """The artifact behind a name. Raises NotFoundError, and ConflictError for a base."""
+        own = self.card(name).artifact
+        if own is None:
+            raise ConflictError(f"{name} is a base: it is served as long as the server runs")
+        return own
 
     def _ready(self, model: str) -> tuple[LocalBackend, str | None]:
         found = self.library.ready(model)
@@ -270,15 +224,28 @@ class Service:
         found = self.library.ready(model)
         if found is not None:
             return found
-        await asyncio.to_thread(self._loading.acquire)
-        try:
-            install = await asyncio.to_thread(self.library.fetch, model)
-            return await self._between_passes(install)
-        finally:
-            self._loading.release()
+        if self._closed:
+            raise ConflictError("the service is closed")
+        # a thread of its own, however many wait: they would use up the loop's threads and keep the one that loads out
+        return await asyncio.wrap_future(self._loader.submit(self._load, model))
+
+    def _load(self, model: str) -> tuple[LocalBackend, str | None]:
+        """Load a model that may be there by now; in the loader's thread, where nobody loads it a second time."""
+        return self.library.ready(model) or self._order(self.library.fetch(model)).result()
+
+    def _check_there(self, backend: LocalBackend, request: Request, running: Running) -> None:
+        """Raise OverloadedError for a model that was unloaded after the request had found it; between passes."""
+        slot = None if request.artifact is None else backend.slots.get(request.artifact)
+        same = request.artifact is None or (slot is not None and slot.number == running.slot)
+        if not same or backend.engine not in self.library.engines:
+            raise OverloadedError("the model was unloaded while the request came in", hint="try again")
 
     async def _between_passes(self, order: Callable[[], T]) -> T:
         """Run something in the engine's thread, when no pass runs."""
+        return await asyncio.wrap_future(self._order(order))
+
+    def _order(self, order: Callable[[], T]) -> Future[T]:
+        """Have something run in the engine's thread. Raises ConflictError when there is none any more."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -288,10 +255,11 @@ class Service:
                 except BaseException as error:
                     future.set_exception(error)
 
-        if not self.alive:
-            raise ConflictError("the service is closed")
-        self._orders.put(run)
-        return await asyncio.wrap_future(future)
+        with self._gate:
+            if self._closed:
+                raise ConflictError("the service is closed")
+            self._orders.put(run)
+        return future
 
     def _work(self) -> None:
         """The engine's thread: orders first, then one pass of every base that has something to do."""
@@ -332,9 +300,16 @@ class Service:
 
     def _drop(self, name: str) -> None:
         """Unload, after those that are being answered have been told."""
-        mine = [r for r, s in self._streams.items() if s._request.artifact == name]
+        own = self.library.loaded.get(name)
+        engine = None if own is None else own.backend.engine
+        mine = [r for r, s in self._streams.items() if s._request.artifact == name or s._backend.engine is engine]
         self._fail(mine, TailorError(f"{name} was unloaded while it answered"))
         self.library.drop(name)
 
     def _end(self) -> None:
+        with self._gate:
+            self._closed = True
+        while not self._orders.empty():
+            if (order := self._orders.get()) is not None:
+                order()
         self._fail(list(self._streams), TailorError("the server is shutting down"))

@@ -37,9 +37,9 @@ class TextStream:
         if self._over:
             return ""
         tail = self.renderer.tokenizer.decode(self.token_ids[self._begin :], continues=True)
+        self._text = self._before + tail
         if len(self.token_ids) - self._begin > 2 * WINDOW:
             self._move(tail)
-        self._text = self._before + tail
         found = first_stop(self._content(), self.stop)
         if found is not None:
             self.stopped = True

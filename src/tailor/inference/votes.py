@@ -59,4 +59,6 @@ def sampled(request: Request, votes: Votes | None) -> list[Request]:
 def winner(completions: Sequence[Completion]) -> Completion:
     """The completion that stands for the answer most of them give."""
     means = [sum(c.logprobs) / len(c.logprobs) if c.logprobs else 0.0 for c in completions]
-    return completions[majority([c.answer for c in completions], means)]
+    chosen = completions[majority([c.answer for c in completions], means)]
+    outvoted = sum(c.num_sampled_tokens for c in completions) - chosen.num_sampled_tokens
+    return replace(chosen, num_outvoted_tokens=outvoted) if outvoted else chosen

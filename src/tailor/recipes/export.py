@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tailor.artifacts import artifact as artifacts
 from tailor.artifacts.artifact import Artifact
+from tailor.artifacts.peft_export import copy_peft
 from tailor.errors import ConflictError
 from tailor.evaluation.parity import Parity
 from tailor.inference.load import Customized, load_local
@@ -89,7 +90,7 @@ def _write(customized: Customized, artifact: Artifact, target: Target, facts: Ma
         if target.format == "hf":
             artifacts.write_merged(customized.base, customized.slot, artifact.techniques, draft)
         else:
-            artifacts.copy_peft(artifact, customized.slot, customized.base, draft)
+            copy_peft(artifact, customized.slot, customized.base, draft)
         parity = verify_folder(customized, draft, target.format, rows)
         parity.check()
         if facts is not None:

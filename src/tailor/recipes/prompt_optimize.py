@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor.artifacts import artifact as artifacts
+from tailor.artifacts.compatibility import describe_base
 from tailor.config import dump_yaml, load_recipe
 from tailor.data.dataset import Dataset, DataSettings, load_dataset
 from tailor.data.prepare import split
@@ -196,7 +197,7 @@ def _begun(folder: Path, recipe: PromptRecipe, dataset: Dataset, backend: Backen
 
 def _described(recipe: PromptRecipe, backend: Backend) -> dict[str, str]:
     if isinstance(backend, LocalBackend):
-        return artifacts.describe_base(backend.base)
+        return describe_base(backend.base)
     return {"name": recipe.base.name, "fingerprint": ""}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,10 +34,11 @@ from tailor.server.translate import (
 )
 
 if TYPE_CHECKING:
-    from tailor.inference.service import Service, Stream
+    from tailor.inference.service import Service
+    from tailor.inference.streams import Stream
 
 Record = Callable[[Mapping[str, Any]], None]
-"""Takes {"request", "response", "principal"} of a chat that is to be kept; `server/traffic.py` writes it down."""
+"""Takes {"request", "response", "principal"} of a chat that is to be kept. Called in a thread: it may write files."""
 
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"model": responses.ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -109,10 +111,11 @@ def chat_router(
         headers = headers_of(chat.model, chat.ignored)
         principal = request.state.principal
 
-        def keep(answer: responses.ChatCompletion) -> None:
+        async def keep(answer: responses.ChatCompletion) -> None:
             if kept is not None:
                 asked = body.model_dump(by_alias=True, exclude_unset=True)
-                kept({"request": asked, "response": answer.to_dict(), "principal": principal.key_id})
+                told = {"request": asked, "response": answer.to_dict(), "principal": principal.key_id}
+                await asyncio.to_thread(kept, told)
 
         opening = open_all(service, chat.model, chat.requests, "messages")
         streams = await while_connected(request, stopping, opening)
@@ -120,7 +123,7 @@ def chat_router(
             return EventStream(_events(service, chat, streams, keep), stopping, settings.heartbeat, headers)
         completions = await while_connected(request, stopping, collect(streams))
         answer = _answer(service, chat, completions)
-        keep(answer)
+        await keep(answer)
         return JSONResponse(answer.to_dict(), headers=headers)
 
     return router
@@ -208,13 +211,13 @@ def _usage(completions: Sequence[Completion]) -> responses.Usage:
     """The prompt counts once however many answers it has."""
     return usage_of(
         completions[0].num_prompt_tokens,
-        sum(len(completion.token_ids) for completion in completions),
+        sum(completion.num_sampled_tokens for completion in completions),
         completions[0].num_cached_tokens,
     )
 
 
 async def _events(
-    service: Service, chat: Chat, streams: Sequence[Stream], keep: Callable[[responses.ChatCompletion], None]
+    service: Service, chat: Chat, streams: Sequence[Stream], keep: Callable[[responses.ChatCompletion], Awaitable[None]]
 ) -> AsyncGenerator[str, None]:
     """The chunks as JSON text: roles, pieces, finish reasons, and with `include_usage` the usage."""
     options = chat.body.stream_options
@@ -243,9 +246,9 @@ async def _events(
                 for made in _pieces(choices[index], piece.text, piece.tokens, piece.finish_reason):
                     yield chunk(made)
         completions = completions_of(streams)
+        await keep(_whole(chat, choices, completions))
         if with_usage:
             yield chunk(usage=_usage(completions))
-        keep(_whole(chat, choices, completions))
     finally:
         for stream in streams:
             stream.cancel()

@@ -21,7 +21,8 @@ from tailor.server.stream import EventStream, Stopping, collect, completions_of,
 from tailor.server.translate import asked, check_count, check_ids, sampling_of, structure_of, task_of, variants, words
 
 if TYPE_CHECKING:
-    from tailor.inference.service import Service, Stream
+    from tailor.inference.service import Service
+    from tailor.inference.streams import Stream
 
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"model": responses.TextCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -193,7 +194,7 @@ def _joined(one: responses.TextLogprobs, other: responses.TextLogprobs) -> respo
 def _usage(texts: Texts, completions: Sequence[Completion]) -> responses.Usage:
     """Each prompt counts once, whatever n and best_of are."""
     firsts = completions[:: texts.per_prompt]
-    said = 0 if texts.body.max_tokens == 0 else sum(len(completion.token_ids) for completion in completions)
+    said = 0 if texts.body.max_tokens == 0 else sum(completion.num_sampled_tokens for completion in completions)
     prompts, cached = sum(c.num_prompt_tokens for c in firsts), sum(c.num_cached_tokens for c in firsts)
     return usage_of(prompts, said, cached)
 

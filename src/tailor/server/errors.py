@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,8 @@ TYPES = {403: "permission_error", 409: "conflict_error", 429: "rate_limit_error"
 """The envelope's `type` by status; other 4xx are `invalid_request_error`, 5xx are `server_error`."""
 
 UNSUPPORTED_MEDIA = "unsupported_media_type"
+
+POSTGRESQL_FULL = "53100"
 
 _PATH = re.compile(r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;:()]+[/\\])+([^\s/\\'\",;:()]*)")
 
@@ -81,7 +85,23 @@ def as_api_error(error: Exception) -> ApiError:
         return of_validation(error.errors())
     if isinstance(error, HTTPException):
         return _of_status(error)
+    if is_full(error):
+        return storage_full()
     return ApiError(500, "The server had an error while processing your request.", code="internal_error")
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk has no room, for a file or for the database."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = getattr(error, "orig", None)  # SQLAlchemy's errors have the driver's
+    code = getattr(cause, "sqlite_errorcode", None) or getattr(cause, "sqlstate", None)
+    return code in (sqlite3.SQLITE_FULL, POSTGRESQL_FULL)
+
+
+def storage_full() -> ApiError:
+    """The server's disk is full (507); asking again is in vain."""
+    return ApiError(507, "The server has no room for this.", code="storage_full", headers=NO_RETRY)
 
 
 def _of_tailor(error: TailorError) -> ApiError:

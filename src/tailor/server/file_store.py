@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -22,7 +21,7 @@ from tailor.data.rows import ROW_LIMIT, RawRow, RowError, oversized, parse
 from tailor.jobs.database import Serial, make_tables, reading
 from tailor.jobs.tables import new_id
 from tailor.runs import home
-from tailor.server.errors import NO_RETRY, ApiError, invalid
+from tailor.server.errors import ApiError, invalid, is_full, storage_full
 
 VERSION = 1
 TABLES = MetaData()
@@ -331,10 +330,9 @@ def _full_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
-        message = "The server has no room for the file."
-        raise ApiError(507, message, code="storage_full", headers=NO_RETRY) from error
+        raise storage_full() from error
 
 
 def shown_name(filename: str) -> str:

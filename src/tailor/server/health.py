@@ -64,7 +64,7 @@ def exposition(meters: Meters, engine: Mapping[str, float]) -> str:
     """The HTTP counts and the engine's figures in Prometheus' text format."""
     lines = list(meters.lines())
     for name, value in sorted(engine.items()):
-        lines += [f"# TYPE tailor_{name} untyped", f"tailor_{name} {value:g}"]
+        lines += [f"# TYPE tailor_{name} untyped", f"tailor_{name} {value}"]  # every digit: rates are differences
     return "\n".join(lines) + "\n"
 
 

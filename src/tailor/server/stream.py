@@ -20,7 +20,8 @@ from tailor.server.errors import ApiError, as_api_error
 if TYPE_CHECKING:
     from tailor.inference.backend import Completion
     from tailor.inference.backend import Request as Asked
-    from tailor.inference.service import Piece, Service, Stream
+    from tailor.inference.service import Service
+    from tailor.inference.streams import Piece, Stream
 
 Result = TypeVar("Result")
 

@@ -1,0 +1,1 @@
+"""What a server was asked, what people say about its answers, and the data sets that the two become."""
