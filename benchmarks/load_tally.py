@@ -173,9 +173,7 @@ def summary(tally: Tally, seconds: float, metrics: Mapping[str, float], tracebac
     bad = [name for name in ("lost", "mixed_up", "truncated", "wrong", "wrongly_refused") if tally.outcomes[name]]
     bad += [name for name, (least, found, most) in sums.items() if not least <= found <= most]
     bad += ["growing memory"] * (growth > FLAT) + ["tracebacks"] * (tracebacks > 0)
-    texts = {
-        number: [one.text for key, one in tally.known.items() if key[1] == number] for number in range(len(PROMPTS))
-    }
+    texts = [[one.text for key, one in tally.known.items() if key[1] == k] for k in range(len(PROMPTS))]
     return {
         "seconds": seconds,
         "asked": dict(tally.asked),

@@ -54,5 +54,8 @@ def test_a_clock_that_jumps_loses_no_job_and_no_file(own_home: Path, monkeypatch
     assert store.path(file).read_bytes() == b"kept"
     assert [job.id for job in queue.page(10)[0]] == ["job-2", "job-1", "job-0"]
     monkeypatch.setattr(time, "time", clock)
+    for running in first._running:  # it only played dead: it is the processes' parent still
+        assert running.process._child is not None
+        running.process._child.wait()
     second.stop()
     engine.dispose()
