@@ -37,7 +37,6 @@ from typing import Any
 
 from load_client import HOST, ask, get
 from load_tally import PROMPTS, Key, Known, Tally, doubtful_from, summary
-from train_worker import num_cores
 
 MODEL = "tailor-nano"
 CHAT = "/v1/chat/completions"
@@ -61,7 +60,7 @@ def make_customizations(home: str, num: int) -> None:
 
     base = load_base(MODEL, dtype="float32")
     kinds = [
-        lambda k: Prompting(system=f"You are clerk number {k}. Begin with {chr(65 + k % 26)}.", shots=0),
+        lambda k: Prompting(system=f"You are clerk {k}.", template=f"{chr(65 + k) * 3}: {{prompt}}", shots=0),
         lambda k: PromptTuning(num_virtual_tokens=4 + k, init="random"),
         lambda k: PrefixTuning(num_virtual_tokens=4 + k, init="random"),
         lambda k: IA3(),
@@ -76,7 +75,7 @@ def make_customizations(home: str, num: int) -> None:
         with torch.no_grad():
             for parameter in slot.parameters.values():
                 spread = parameter.std().item() if parameter.numel() > 1 else 0.0
-                parameter.add_(max(spread, 0.05) * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(max(spread, 0.1) * torch.randn(parameter.shape, generator=generator))
         save(f"c{k}-{technique.type.replace('_', '-')}", base, slot, [technique], {}, training_state=state)
         base.host.detach(slot)
 
@@ -167,7 +166,7 @@ def malformed(draw: random.Random) -> tuple[str, bytes, int]:
         (CHAT, b"", 400),
         (CHAT, {**right, "model": "nobody"}, 404),
         (CHAT, {**right, "temperature": "hot"}, 400),
-        (CHAT, {**right, "max_completion_tokens": 1_000_000}, 400),
+        (CHAT, {**right, "messages": [{"role": "user", "content": "Hello " * 3000}]}, 400),
         (CHAT, {**right, "messages": []}, 400),
         (CHAT, {**right, "frobnicate": 1}, 400),
         ("/v1/completions", {"model": MODEL, "prompt": [1 << 30]}, 400),
@@ -258,6 +257,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between an answer and the next request")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    loads = {"before": os.getloadavg()}
     with tempfile.TemporaryDirectory(prefix="tailor-load-") as folder:
         making = multiprocessing.get_context("spawn").Process(
             target=make_customizations, args=(folder, options.customizations)
@@ -267,10 +267,13 @@ def main() -> None:
         if making.exitcode:
             sys.exit("the customizations could not be made")
         found = asyncio.run(measure(Path(folder), options))
+    loads["after"] = os.getloadavg()
     asked = {name: value for name, value in vars(options).items() if name != "output"}
     print(json.dumps(found, indent=1, ensure_ascii=False))
     if options.output:
-        facts = {"machine": {"cores": num_cores()}, "settings": asked, **found}
+        from tailor.recipes.machine import describe_machine
+
+        facts = {"machine": {**describe_machine(), "load": loads}, "settings": asked, **found}
         options.output.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
     sys.exit(1 if found["failed"] else 0)
 

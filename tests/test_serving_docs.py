@@ -35,6 +35,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = frozenset("(|<>\\&;")
 SHORT = {"tune": ["train.num_steps=2"]}
+MORE = ("--job-threads", "1", "--record")
+"""What the page's server is started with besides: a later section tells of `--record`."""
 LAST_LINE = "Ctrl-C stops.\n"
 
 ASKED = ("Where is my parcel?", "Can I return a tent?", "Is the hut open?")
@@ -92,7 +94,7 @@ class Reader:
                 self.output += self.bash("\n".join(lines))
             for line in lines if plain else ():
                 words = shlex.split(os.path.expandvars(line), comments=True)
-                if words[1] == "serve":
+                if words[1] == "serve" and "--engine" not in words:
                     self.serve(words)
                 else:
                     self.tailor(words[1:])
@@ -122,7 +124,7 @@ class Reader:
             self.dry_run(words[1:])
             return
         self.output = ""
-        words = [*words, "--port", str(self.port), "--job-threads", "1"]
+        words = [*words, "--port", str(self.port), *MORE]
         self.server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout is not None
         for line in self.server.stdout:

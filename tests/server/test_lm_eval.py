@@ -1,6 +1,6 @@
 """lm-eval scores a local task through the server, and its log-likelihoods are the engine's own.
 
-lm-eval is of the bench extra; `PYTHONPATH=FOLDER pytest tests/server/test_lm_eval.py` finds it in a folder, too.
+lm-eval[api] is of the bench extra; `PYTHONPATH=FOLDER pytest tests/server/test_lm_eval.py` finds it in a folder, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tailor.inference.local import LocalBackend
 from tailor.inference.service import Service
 from tailor.models.base import Base, load_base
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("lm_eval", "aiohttp")), reason="lm-eval[api] is not there"
+)
 
 MODEL = "tailor-nano"
 ROWS = (

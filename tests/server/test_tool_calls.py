@@ -87,3 +87,14 @@ def test_text_is_shown_as_soon_as_it_is_no_call() -> None:
     ]
     assert reader.feed("</tool_call>") == ""
     assert json.loads(reader.calls[0].arguments) == {"at": "<x>"}
+
+
+def test_one_call_where_several_are_not_wanted() -> None:
+    said = '<tool_call>{"name": "look", "arguments": {}}</tool_call>\n'
+    for parallel, num_calls in ((True, 2), (False, 1)):
+        reader = CallReader(("look",), parallel=parallel)
+        assert reader.feed(said * 2) + reader.finish() == ""
+        assert [call.name for call in reader.calls] == ["look"] * num_calls
+    listed = CallReader(("look",), parallel=False)
+    assert listed.feed('[{"name": "look"}, {"name": "look"}]') + listed.finish() == ""
+    assert len(listed.calls) == 1

@@ -135,7 +135,7 @@ class _Choice:
     def __init__(self, service: Service, chat: Chat, index: int) -> None:
         self.index = index
         self.legacy = chat.tools.legacy
-        self.reader = CallReader(chat.tools.names)
+        self.reader = CallReader(chat.tools.names, parallel=chat.body.parallel_tool_calls is not False)
         top = chat.top_logprobs
         self.logprobs = None if top is None else ChatLogprobs(service, chat.model, top)
         self.text = ""

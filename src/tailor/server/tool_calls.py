@@ -24,11 +24,13 @@ class Call:
 class CallReader:
     """Reads an answer as it comes: `text` to show at once, and `calls` as soon as they are complete.
 
-    What may still become a call is held back; what turns out to be none is text after all.
+    What may still become a call is held back; what turns out to be none is text after all. Without `parallel` calls
+    the first one counts, and others are dropped.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
         self.names = names
+        self.parallel = parallel
         self.calls: list[Call] = []
         self._held = ""
         self._begun = False
@@ -51,7 +53,7 @@ class CallReader:
         whole = held.lstrip().startswith(OPEN)  # many a model ends its turn instead of closing the tag
         if whole or not self._begun:
             calls = self._parse(held.lstrip().removeprefix(OPEN))
-            self.calls += calls
+            self._take(calls)
             held = "" if calls else held
         return "" if self.calls and not held.strip() else held
 
@@ -72,9 +74,12 @@ class CallReader:
         before, inside = self._held[:at], self._held[at + len(OPEN) : end]
         whole, self._held = self._held[at : end + len(CLOSE)], self._held[end + len(CLOSE) :]
         calls = self._parse(inside)
-        self.calls += calls
+        self._take(calls)
         self._begun = True
         return self._show(before if calls else before + whole), True
+
+    def _take(self, calls: list[Call]) -> None:
+        self.calls = (self.calls + calls)[: None if self.parallel else 1]
 
     def _show(self, text: str) -> str:
         """White space around calls is no text."""
