@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tailor.data.readers import read_records
-from tailor.data.records import Comparison, Conversation, PromptCompletion, Record, Source
+from tailor.data.records import Conversation, Judged, PromptCompletion, Record, Source
 from tailor.data.writers import write_records
 from tailor.errors import DataError
 from tailor.text.messages import Message, assistant, system, user
@@ -47,7 +47,7 @@ def test_written_rows_are_read_back(records: list[Record], tmp_path: Path) -> No
 
 
 def test_other_records_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    pair = Comparison(prompt=(user("a"),), chosen=(assistant("b"),), rejected=(assistant("c"),))
-    with pytest.raises(DataError, match="Comparison"):
-        write_records(tmp_path / "rows.jsonl", [pair])
+    judged = Judged(prompt=(user("a"),), completion=(assistant("b"),), label=True)
+    with pytest.raises(DataError, match="Judged"):
+        write_records(tmp_path / "rows.jsonl", [judged])
     assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tailor.errors import OverloadedError, QualityError, ResourceError
 from tailor.inference.backend import SamplingParams
 from tailor.inference.engine import Engine, EngineSettings
+from tailor.inference.local import LocalBackend
 from tailor.inference.prefix_cache import PrefixCache
 from tailor.inference.scheduler import Running
-from tailor.models.base import Base
+from tailor.inference.text_stream import answer_text
+from tailor.models.base import Base, load_base
 from tailor.models.kv_cache import SMALLEST
 from tailor.models.slots import Slot
 from tailor.techniques.adapter import Adapter
@@ -26,6 +28,8 @@ from tailor.techniques.prefix_tuning import PrefixTuning
 from tailor.techniques.prompt_tuning import PromptTuning
 from tailor.techniques.prompting import Prompting
 from tiny_models import tiny_base
+
+NANO = load_base("tailor-nano").renderer
 
 NEAR_TIE = 1e-4
 """Greedy answers may differ where the two best logits are this close."""
@@ -204,8 +208,9 @@ def test_an_echoed_prompt_has_the_logprobs_of_one_pass() -> None:
     engine.run([Running(ids, 0, SamplingParams(max_new_tokens=1))])
     engine.run([sequence])
     logprobs = base.logits(ids).log_softmax(1)
-    assert [token.token_id for token in sequence.prompt_tokens] == ids[1:]
-    for place, token in enumerate(sequence.prompt_tokens):
+    assert list(sequence.prompt_tokens) == list(range(1, len(ids)))
+    assert [token.token_id for token in sequence.prompt_tokens.values()] == ids[1:]
+    for place, token in enumerate(sequence.prompt_tokens.values()):
         assert token.logprob == pytest.approx(float(logprobs[place, ids[place + 1]]), abs=1e-5)
         assert len(token.top) == 3
         assert token.top[0][1] == pytest.approx(float(logprobs[place].max()), abs=1e-5)
@@ -229,3 +234,68 @@ def test_prompting_and_soft_prompts_share_the_plain_bases_beginning() -> None:
     other = Running([*soft.virtual_ids, *lead], soft.number, SamplingParams(max_new_tokens=2))
     engine.run([other])
     assert other.num_cached == 0
+
+
+def test_an_echo_behind_virtual_tokens_and_one_that_had_to_make_room() -> None:
+    base, slots = served("llama")
+    soft = slots[6]
+    assert soft is not None
+    ids = list(range(60, 90))
+    behind = Running([*soft.virtual_ids, *ids], soft.number, SamplingParams(max_new_tokens=1), echoes=True)
+    Engine(base, ()).run([behind])
+    logprobs = base.logits([*soft.virtual_ids, *ids], soft.number).log_softmax(1)
+    echoed = LocalBackend(base, {"soft": soft}).echoed(behind)
+    assert echoed[0] is None
+    for place, token in enumerate(echoed[1:], len(soft.virtual_ids) + 1):
+        assert token is not None
+        assert token.logprob == pytest.approx(float(logprobs[place - 1, behind.prompt_ids[place]]), abs=1e-5)
+    engine = Engine(base, (), prefixes=PrefixCache(0))
+    engine.pool.max_bytes = 4 * SMALLEST * engine.pool.token_bytes
+    batch = [Running([k + 1] * 60, 0, SamplingParams(max_new_tokens=50), echoes=True) for k in range(3)]
+    engine.run(batch)
+    assert [len(sequence.prompt_tokens) for sequence in batch] == [59] * 3
+
+
+def broken(base: Base, technique: Any) -> Slot:
+    slot = base.host.attach([technique], seed=3)
+    with torch.no_grad():
+        for parameter in slot.parameters.values():
+            parameter.fill_(float("nan"))
+    return slot
+
+
+def test_what_is_no_number_is_never_kept_for_others() -> None:
+    base = tiny_base()
+    soft = broken(base, PromptTuning(num_virtual_tokens=2))
+    engine = Engine(base, ())
+    lead = list(range(100, 140))
+    engine.run([Running([*lead, *soft.virtual_ids, 5], soft.number, SamplingParams(max_new_tokens=2))])
+    assert engine.prefixes.num_bytes == 0
+    engine.run([own := Running([*lead, 7], 0, SamplingParams(max_new_tokens=3))])
+    check(base, own, 3)
+
+
+def test_one_that_leaves_before_its_first_token_leaves_nothing_in_its_row() -> None:
+    base = tiny_base()
+    bad = broken(base, LoRA(rank=2))
+    engine = Engine(base, (), EngineSettings(chunk_size=8, tokens_per_pass=40))
+    long = Running(list(range(50)), 0, SamplingParams(max_new_tokens=12))
+    engine.add(long)
+    while not long.token_ids:
+        engine.step()
+    engine.add(leaving := Running([9] * 60, bad.number, SamplingParams(max_new_tokens=2)))
+    engine.step()
+    assert leaving.cache is not None
+    engine.cancel(leaving)
+    engine.add(short := Running([5, 6], 0, SamplingParams(max_new_tokens=6)))
+    while not engine.idle:
+        engine.step()
+    check(base, long, 12)
+    check(base, short, 6)
+
+
+def test_a_stop_text_that_reaches_into_what_the_template_adds_is_cut_off() -> None:
+    renderer = NANO
+    said = renderer.tokenizer.encode("yes.", continues=True)
+    assert answer_text(renderer, said, ("s.",)) == "ye"
+    assert answer_text(renderer, [*said, renderer.stop[0]], ("never",)) == "yes."

@@ -235,7 +235,7 @@ def test_closing_ends_what_runs() -> None:
         with pytest.raises(TailorError, match="shutting down"):
             async for _ in stream:
                 pass
-        with pytest.raises(ConflictError, match="closed"):
+        with pytest.raises(TailorError, match="shutting down"):
             await service.stream(MODEL, ask("Hello"))
         assert not service.alive
 

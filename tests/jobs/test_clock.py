@@ -41,9 +41,9 @@ def test_a_clock_that_jumps_loses_no_job_and_no_file(own_home: Path, monkeypatch
         jumping(lambda: True)()
         second.step()
     assert sorted(notes(own_home)) == ["began job-0", "began job-1"]
+    (own_home / "go").touch()  # whatever begins from now on ends by itself
     queue.pause("job-0")
     step_until(second, jumping(lambda: queue.get("job-0").worker is None))
-    (own_home / "go").touch()
     queue.pause("job-1")
     step_until(second, jumping(lambda: queue.get("job-1").worker is None))
     for job_id in ("job-0", "job-1"):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,9 +195,7 @@ def test_a_quantised_base_goes_with_the_weights_that_it_computed_with(folder: Pa
         assert checked(done, server, stub.url) == 0
 
 
-def test_the_check_holds_against_our_own_server_too(
-    save: Callable[..., str], tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_check_holds_against_our_own_server_too(save: Callable[..., str], tmp_path: Path, folder: Path) -> None:
     for module in ("fastapi", "uvicorn"):
         pytest.importorskip(module)
     from tailor.inference.library import Library
@@ -221,11 +220,15 @@ def test_the_check_holds_against_our_own_server_too(
         time.sleep(0.005)
     url = f"http://127.0.0.1:{server.bound_port}/v1"
     try:
-        assert checked(done, done.servers[0], url, "--tolerance", "0.001") == 0
+        # a process of its own: the server's thread and pytest's capture do not go together
+        command = [sys.executable, str(done.folder / "check.py"), "--server", done.servers[0].name, "--url", url]
+        good = subprocess.run([*command, "--tolerance", "0.001"], capture_output=True, text=True, check=False)
+        assert good.returncode == 0, good.stdout + good.stderr
         expected["servers"][0]["models"][0]["model"] = str(folder)
         path.write_text(json.dumps(expected))
-        assert checked(done, done.servers[0], url) == 1
-        assert "answers as the base does" in capsys.readouterr().out
+        bad = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert bad.returncode == 1
+        assert "answers as the base does" in bad.stdout
     finally:
         server.should_exit = True
         thread.join(20)

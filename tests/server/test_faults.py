@@ -23,7 +23,7 @@ from live_server import Live, start
 from sqlalchemy import text
 
 from tailor.artifacts import artifact as artifacts
-from tailor.errors import ConflictError, DataError, OverloadedError, TailorError
+from tailor.errors import DataError, OverloadedError, TailorError
 from tailor.inference.backend import GREEDY, Request
 from tailor.inference.library import Library
 from tailor.inference.service import Service
@@ -286,10 +286,10 @@ def test_closing_ends_every_stream_and_refuses_new_ones(made: Path, base: Base) 
         await asyncio.sleep(0)
         await service.close()
         assert {reason for _, reason in await asyncio.gather(*reading)} == {"the server is shutting down"}
-        with contextlib.suppress(ConflictError):
+        with contextlib.suppress(TailorError):
             assert (await read(await late))[1] == "the server is shutting down"
         for model in (MODEL, "prompt-5"):
-            with pytest.raises(ConflictError, match="closed"):
+            with pytest.raises(TailorError, match="shutting down"):
                 await service.stream(model, asked())
         await service.close()
 

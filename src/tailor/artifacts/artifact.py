@@ -346,15 +346,15 @@ def _foreign(folder: Path) -> Artifact:
     return Artifact(folder.name, folder, manifest)
 
 
-def attach(base: Base, artifact: Artifact) -> Slot:
+def attach(base: Base, artifact: Artifact, state: Mapping[str, Tensor] | None = None) -> Slot:
     """Attach to a loaded base. Raises ConflictError when the artifact was made on other weights, DataError for damage.
 
-    Quantised weights are others than those they were made from: what was trained would not be what is served.
+    Quantised weights are others than those they were made from. `state`: what `read_state` gave, if it was read before.
     """
     check_base(base, artifact)
     with damage_told(artifact.name):
         techniques = artifact.techniques
-        state = read_state(artifact.folder, techniques)
+        state = read_state(artifact.folder, techniques) if state is None else state
     slot = base.host.attach(techniques, baked=True)
     try:
         slot.load(state)

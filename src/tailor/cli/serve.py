@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,6 +60,13 @@ MaxKvGb = Annotated[float | None, typer.Option("--max-kv-gb", min=0, help="Memor
 MaxModelsGb = Annotated[
     float | None, typer.Option("--max-models-gb", min=0, help="Memory for full fine-tunes and merged models.")
 ]
+Database = Annotated[
+    str | None, typer.Option("--database", help="URL of the database of files and jobs; SQLite in TAILOR_HOME if not.")
+]
+AdapterFolders = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter-folder", help="Where load_lora_adapter may read, beside the artifacts; may be repeated."),
+]
 Jobs = Annotated[
     int, typer.Option("--jobs", min=0, help="Fine-tuning jobs that run at once; 0: they wait for another worker.")
 ]
@@ -99,6 +107,8 @@ def serve(
     record: Record = False,
     record_all: RecordAll = False,
     redact: Redact = None,
+    database: Database = None,
+    adapter_folder: AdapterFolders = None,
     grace: Grace = 10.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -111,10 +121,6 @@ def serve(
     """Serve bases and their customizations over the OpenAI protocol, all of them in one batch."""
     if handed_over(context):
         return
-    from tailor.errors import require
-
-    for module in ("fastapi", "uvicorn"):  # the other modules import them at their top
-        require(module, "server")
     settings = settings_of(context.params)
     check_start(settings)
     bases, names = chosen(models or [], base or [])
@@ -127,18 +133,24 @@ def serve(
 
         engine = EngineSettings(max_sequences=max_sequences, max_waiting=max_waiting, max_kv_bytes=_bytes(max_kv_gb))
         loaded = [_loaded(name, device, dtype, quantize) for name in bases]
-        return open_service(loaded, names, engine, _bytes(max_models_gb), workshop)
+        return open_service(loaded, names, engine, _bytes(max_models_gb), workshop, device, dtype, quantize)
 
     run_server(service, settings, as_json, workshop)
 
 
 def settings_of(asked: Mapping[str, Any]) -> ServerSettings:
-    """The HTTP server's settings among the command's parameters."""
+    """The HTTP server's settings among the command's parameters. Raises MissingDependencyError without the extra."""
+    from tailor.errors import require
+
+    for module in ("fastapi", "uvicorn", "sqlalchemy"):  # the other modules import them at their top
+        require(module, "server")
     from tailor.server.auth import keys_path
     from tailor.server.settings import ServerSettings
 
-    same = {name: asked[name] for name in ("host", "port", "requests_per_minute", "grace", "record", "record_all")}
-    lists = {"api_keys": "api_key", "allowed_hosts": "allowed_host", "cors_origins": "cors_origin", "redact": "redact"}
+    names = ("host", "port", "requests_per_minute", "grace", "record", "record_all", "database")
+    same = {name: asked[name] for name in names}
+    lists = {"api_keys": "api_key", "allowed_hosts": "allowed_host", "cors_origins": "cors_origin"}
+    lists |= {"redact": "redact", "adapter_folders": "adapter_folder"}
     several = {name: tuple(asked[option] or ()) for name, option in lists.items()}
     return ServerSettings(keys_file=keys_path(), **same, **several)
 
@@ -149,8 +161,14 @@ def open_service(
     engine: EngineSettings,
     max_base_bytes: int | None,
     workshop: Workshop,
+    device: str,
+    dtype: str,
+    quantize: str | None,
 ) -> Service:
-    """A service of these bases, which knows the models that the workshop's jobs have made."""
+    """A service of these bases, which knows the models that the workshop's jobs have made.
+
+    Models of their own are loaded with `device`, `dtype` and `quantize` too.
+    """
     from tailor.inference.library import Library
     from tailor.inference.service import Service
 
@@ -159,6 +177,9 @@ def open_service(
         names=names,
         settings=engine,
         max_base_bytes=max_base_bytes,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
         alias=workshop.jobs.artifact_of,
         aliases=workshop.aliases,
     )

@@ -30,7 +30,7 @@ class SamplingParams(Strict):
     logit_bias: tuple[tuple[int, float], ...] = Field((), description="token ids and what is added to their logits")
     stop: tuple[str, ...] = Field((), description="texts at which the answer ends (not part of it)")
     seed: int = Field(0, ge=0, description="of this request's own random numbers")
-    min_new_tokens: int = Field(0, ge=0, description="tokens before which the answer cannot end")
+    min_new_tokens: int = Field(0, ge=0, description="tokens before which none is chosen that ends a turn")
     ignore_stop: bool = Field(False, description="go on after the token that ends a turn, for measurements")
     num_top_logprobs: int = Field(0, ge=0, le=20, description="likeliest tokens to report at every place")
     structure: Structure | None = Field(None, description="what the text must be: JSON, a schema, a pattern, a choice")

@@ -25,6 +25,7 @@ from tailor.models.base import Base
 from tailor.models.kv_cache import KVPool
 from tailor.models.plan import Plan
 from tailor.models.slots import Slot
+from tailor.text.tokenizer import VIRTUAL
 
 ECHO_NUMBERS = 1 << 24
 """Logits that a piece of an echoed prompt may have: each of its tokens needs a row of them."""
@@ -101,6 +102,7 @@ class Engine:
             raise OverloadedError(f"{self.max_waiting} requests wait already", hint="try again in a moment")
         self.scheduler.add(sequence)
 
+    @torch.inference_mode()
     def cancel(self, sequence: Running) -> None:
         """Forget a sequence, wherever it is; its memory is free at once. Not during a step."""
         self.scheduler.remove(sequence)
@@ -143,8 +145,6 @@ class Engine:
             row += count
             assert sequence.cache is not None
             sequence.cache.advance(num)
-            if whole and not sequence.token_ids:
-                self.scheduler.keep(sequence)
             self.num_prefilled += num if not sequence.token_ids else 0
         if moved:
             self._take(moved, logits[rows] if len(rows) < len(logits) else logits)
@@ -192,7 +192,10 @@ class Engine:
         assert sequence.cache is not None
         first = sequence.cache.length + 1
         for row, token in enumerate(sequence.prompt_ids[first : first + num]):
-            sequence.prompt_tokens.append(describe(logits[row], token, sequence.sampling.num_top_logprobs))
+            if first + row in sequence.prompt_tokens or token >= VIRTUAL:  # told before it had to make room, or no word
+                continue
+            told = describe(logits[row], token, sequence.sampling.num_top_logprobs)
+            sequence.prompt_tokens[first + row] = told
 
     def _take(self, sequences: Sequence[Running], logits: Tensor) -> None:
         """One more token for each of the sequences, from its row of (n, V) logits."""
@@ -210,6 +213,8 @@ class Engine:
             if sequence.error is not None:
                 self.scheduler.remove(sequence, broken=True)
                 continue
+            if not sequence.token_ids:
+                self.scheduler.keep(sequence)  # not before its numbers are known to be some
             num_top = sequence.sampling.num_top_logprobs
             sequence.tokens.append(describe(logits[row], token, num_top) if num_top else TokenLogprob(token, logprob))
             sequence.token_ids.append(token)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
+from torch import Tensor
+
 from tailor.artifacts.artifact import Artifact, attach, find, survey
-from tailor.artifacts.files import damage_told
-from tailor.errors import ConflictError, NotFoundError, ResourceError, nearest
+from tailor.artifacts.files import damage_told, read_state
+from tailor.errors import ConflictError, NotFoundError, OverloadedError, ResourceError, nearest
 from tailor.inference.engine import Engine, EngineSettings
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, load_base
@@ -63,16 +65,19 @@ class Library:
 
     `names` restricts which artifacts are served (None: all). `settings` are those of every base's engine. `alias` finds
     the artifact behind a further name (that of a fine-tuning job's model), `aliases` lists all of them. Further bases
-    stay within `max_base_bytes`.
+    stay within `max_base_bytes`, and are loaded with `device`, `dtype` (auto: as they were trained) and `quantize`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is served, and how further bases are loaded
         self,
         bases: Sequence[Base],
         *,
         names: Sequence[str] | None = None,
         settings: EngineSettings | None = None,
         max_base_bytes: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str | None = None,
         alias: Callable[[str], str | None] = lambda name: None,
         aliases: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
@@ -80,6 +85,7 @@ class Library:
         self._names = None if names is None else set(names)
         self._extra: dict[str, Artifact] = {}
         self._max_base_bytes = max_base_bytes
+        self._device, self._dtype, self._quantize = device, dtype, quantize
         self._lock = threading.RLock()
         self._alias = alias
         self._aliases = aliases
@@ -117,8 +123,8 @@ class Library:
 
     def ready(self, name: str) -> tuple[LocalBackend, str | None] | None:
         """The backend and the artifact's name on it, when all is in memory already."""
+        meant = name if self._is_in_memory(name) else self._alias(name) or name  # a query: not under the lock
         with self._lock:
-            meant = name if self._is_in_memory(name) else self._alias(name) or name
             if meant in self.loaded:
                 return self._used(self.loaded[meant]), None
             for loaded in self.loaded.values():
@@ -137,19 +143,32 @@ class Library:
         own = card.artifact
         artifact = find(self._extra[own].folder if own in self._extra else own)
         if artifact.is_base:
+            dtype = self._dtype if self._dtype != "auto" else str(artifact.manifest["base"].get("dtype", "auto"))
             with damage_told(artifact.name):
-                base = load_base(artifact.folder, dtype=str(artifact.manifest["base"].get("dtype", "auto")))
+                base = load_base(artifact.folder, self._device, dtype, self._quantize)
             return lambda: self._install(own, base)
-        return lambda: self._attach(artifact, own)
+        with damage_told(artifact.name):
+            state = read_state(artifact.folder, artifact.techniques)
+        return lambda: self._attach(artifact, own, state)
 
     def add(self, name: str, folder: Path) -> None:
-        """Serve an artifact that lies in a folder of its own. Raises ConflictError when the name is taken."""
-        if any(card.id == name for card in self.cards()):
+        """Serve an artifact that lies in a folder of its own.
+
+        Raises ConflictError when the name is taken, be it by an artifact of TAILOR_HOME that is not served.
+        """
+        found, damaged = survey()
+        kept = {artifact.name for artifact in found} | {artifact.folder.name for artifact in found} | set(damaged)
+        if name in kept or any(card.id == name for card in self.cards()):
             raise ConflictError(f"there is a model {name!r} already")
         artifact = find(folder)
         if artifact.is_base:
             raise ConflictError(f"{folder} is a model of its own, not an adapter")
         self._extra[name] = artifact
+
+    def check_own(self, name: str) -> None:
+        """Raise ConflictError for an artifact that was added from a folder: its files are not the library's."""
+        if name in self._extra:
+            raise ConflictError(f"{name} was loaded from a folder of its own: unload it, its files stay")
 
     def drop(self, name: str) -> None:
         """Detach an artifact, or unload a further base; between passes. What is on disk stays."""
@@ -164,7 +183,8 @@ class Library:
         self._extra.pop(name, None)
 
     def _is_in_memory(self, name: str) -> bool:
-        return name in self.loaded or any(name in loaded.backend.slots for loaded in self.loaded.values())
+        with self._lock:
+            return name in self.loaded or any(name in loaded.backend.slots for loaded in self.loaded.values())
 
     def _artifacts(self) -> list[Artifact]:
         fingerprints = self._fingerprints()
@@ -179,19 +199,20 @@ class Library:
     def _card(self, artifact: Artifact) -> ModelCard:
         created = artifact.manifest.get("created")
         stamp = int(datetime.fromisoformat(created).timestamp()) if created else self.started
-        status = "loaded" if self.ready(artifact.name) else "available"
+        status = "loaded" if self._is_in_memory(artifact.name) else "available"
         base = str(artifact.manifest.get("base", {}).get("name", ""))
         return ModelCard(artifact.name, artifact.name, base, artifact.kind, status, stamp, str(artifact.folder))
 
-    def _attach(self, artifact: Artifact, name: str) -> tuple[LocalBackend, str | None]:
-        """Attach an artifact to the base it was made on, which is in memory."""
+    def _attach(self, artifact: Artifact, name: str, state: Mapping[str, Tensor]) -> tuple[LocalBackend, str | None]:
+        """Attach an artifact, whose weights have been read, to the base it was made on, which is in memory."""
         fingerprint = artifact.manifest["base"].get("fingerprint")
-        with self._lock:
-            bases = self._fingerprints()
-            loaded = bases.get(fingerprint) or next(iter(bases.values()))
-            if name not in loaded.backend.slots:
-                loaded.backend.slots[name] = attach(loaded.base, artifact)
-            return self._used(loaded), name
+        bases = self._fingerprints()
+        loaded = bases.get(fingerprint) or next(iter(bases.values()))
+        if name not in loaded.backend.slots:
+            slot = attach(loaded.base, artifact, state)  # nobody else attaches: only names are under the lock
+            with self._lock:
+                loaded.backend.slots[name] = slot
+        return self._used(loaded), name
 
     def _install(self, name: str, base: Base, *, pinned: bool = False) -> tuple[LocalBackend, str | None]:
         """Serve a base that has been loaded; the others that were used longest ago make room for it."""
@@ -207,18 +228,18 @@ class Library:
 
     def _make_room(self, num_bytes: int) -> None:
         assert self._max_base_bytes is not None
-        others = sorted((loaded for loaded in self.loaded.values() if not loaded.pinned), key=lambda one: one.used)
-        while others and sum(other.num_bytes for other in others) + num_bytes > self._max_base_bytes:
-            oldest = next((other for other in others if other.backend.engine.idle), None)
-            if oldest is None:
-                raise ResourceError("all models in memory are answering, and there is no room for another")
-            others.remove(oldest)
-            del self.loaded[oldest.name]
-        if sum(other.num_bytes for other in others) + num_bytes > self._max_base_bytes:
+        if num_bytes > self._max_base_bytes:  # before others make room in vain
             raise ResourceError(
                 f"a model of {num_bytes} bytes is more than the server may hold ({self._max_base_bytes})",
                 hint="give the server more memory for models",
             )
+        others = sorted((loaded for loaded in self.loaded.values() if not loaded.pinned), key=lambda one: one.used)
+        while others and sum(other.num_bytes for other in others) + num_bytes > self._max_base_bytes:
+            oldest = next((other for other in others if other.backend.engine.idle), None)
+            if oldest is None:
+                raise OverloadedError("all models in memory are answering, and there is no room for another")
+            others.remove(oldest)
+            del self.loaded[oldest.name]
 
     def _used(self, loaded: Loaded) -> LocalBackend:
         loaded.used = time.monotonic()

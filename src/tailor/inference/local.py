@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tailor.data.examples import Example, Rendering
 from tailor.data.packing import Placed, pack
-from tailor.errors import NotFoundError, nearest
+from tailor.errors import NotFoundError, ResourceError, nearest
 from tailor.inference.backend import Completion, Request, TokenLogprob
 from tailor.inference.engine import Engine, EngineSettings
 from tailor.inference.scheduler import Running
 from tailor.inference.structured import compiled
-from tailor.inference.text_stream import TextStream, first_stop
+from tailor.inference.text_stream import TextStream, answer_text
 from tailor.inference.votes import generate_with_votes
 from tailor.metrics.answers import extract_answer
 from tailor.metrics.votes import Votes
@@ -100,9 +100,7 @@ class LocalBackend:
     def completion(self, request: Request, sequence: Running) -> Completion:
         """The answer of a sequence that has ended."""
         renderer = self.rendering(request.artifact, request.task).renderer
-        text = renderer.parse(sequence.token_ids).content
-        cut = first_stop(text, request.sampling.stop)
-        text = text if cut is None else text[:cut]
+        text = answer_text(renderer, sequence.token_ids, request.sampling.stop)
         slot = self.slot(request.artifact)
         pattern = slot.answer_pattern if slot else None
         answer = text if pattern is None else extract_answer(text, pattern) or ""
@@ -120,9 +118,9 @@ class LocalBackend:
         )
 
     def echoed(self, sequence: Running) -> tuple[TokenLogprob | None, ...]:
-        """The prompt's tokens, those that are no words left out; the first of them has nothing before it to follow."""
-        num_virtual = sum(token >= VIRTUAL for token in sequence.prompt_ids)
-        return (None, *sequence.prompt_tokens[num_virtual:])
+        """The words of the prompt; the first follows nothing, or virtual tokens only: it has no logprob."""
+        words = [place for place, token in enumerate(sequence.prompt_ids) if token < VIRTUAL]
+        return (None, *(sequence.prompt_tokens[place] for place in words[1:]))
 
     def logprobs(self, requests: Sequence[Request], completions: Sequence[str]) -> list[Tensor]:
         """Logprobs of the completions' tokens, end-of-turn included; prompts that requests share are computed once."""
@@ -151,10 +149,18 @@ class LocalBackend:
         return self.embed_inputs(texts)[0]
 
     def embed_inputs(self, inputs: Sequence[str | Sequence[int]]) -> tuple[Tensor, int]:
-        """As `embed`, of texts or token ids as they are, and how many tokens were read."""
+        """As `embed`, of texts or token ids as they are, and how many tokens were read.
+
+        Raises ResourceError for one that is longer than the base's context.
+        """
         plain = self.rendering(None)
         prompts = [
             plain.prompt([user(given)]) if isinstance(given, str) else plain.continued(given) for given in inputs
         ]
+        longest, context = max(map(len, prompts), default=0), self.base.max_seq_len
+        if longest > context:
+            raise ResourceError(
+                f"a text of {longest} tokens exceeds the base's context of {context}", hint="embed it in parts"
+            )
         vectors = prompt_vectors(self.base.host, prompts, self.engine.tokens_per_pass)
         return vectors, sum(map(len, prompts))

@@ -21,8 +21,8 @@ class Running:
     """One sequence: its prompt, what has been sampled so far, and its keys and values.
 
     `num_cached` tokens of the prompt were computed for another request before. `ended` is asked after every token.
-    With `echoes`, `prompt_tokens` gets the logprobs of the prompt's tokens but the first. `error` is why it ended
-    without an answer.
+    With `echoes`, `prompt_tokens` gets the logprobs of the prompt's words but the first by place. `error` is why
+    it ended without an answer.
     """
 
     prompt_ids: Sequence[int]
@@ -35,7 +35,7 @@ class Running:
     cache: RowCache | None = None
     num_cached: int = 0
     echoes: bool = False
-    prompt_tokens: list[TokenLogprob] = field(default_factory=list)
+    prompt_tokens: dict[int, TokenLogprob] = field(default_factory=dict)
     constraint: Constraint | None = None
     error: TailorError | None = None
     generator: torch.Generator = field(init=False)
@@ -95,7 +95,8 @@ class Scheduler:
             if sequence in held:
                 held.remove(sequence)
         if sequence.cache is not None:
-            sequence.cache.release(wipe=broken)
+            # nobody has looked yet at the numbers of one that leaves before its first token
+            sequence.cache.release(wipe=broken or not sequence.token_ids)
             sequence.cache = None
 
     def keep(self, sequence: Running) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
@@ -15,8 +19,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from tailor.artifacts.artifact import find, remove
-from tailor.errors import ConflictError, OverloadedError, TailorError
+from tailor.errors import ConflictError, NotFoundError, OverloadedError, TailorError
 from tailor.inference.backend import Completion, Request
+from tailor.inference.engine import Engine
 from tailor.inference.library import Library, ModelCard
 from tailor.inference.local import LocalBackend
 from tailor.inference.scheduler import Running
@@ -49,7 +54,8 @@ class Service:
         """
         backend, artifact = await self._backend(model)
         named = replace(request, artifact=artifact)
-        votes = backend.votes(named)
+        with _unloading_told(backend, artifact):
+            votes = backend.votes(named)
         if votes is None:
             return await self._begin(backend, named)
         streams: list[TokenStream] = []
@@ -65,10 +71,12 @@ class Service:
     async def _begin(self, backend: LocalBackend, request: Request) -> TokenStream:
         """A stream whose sequence waits for its turn."""
         loop = asyncio.get_running_loop()
-        if backend.composes(request.artifact):  # what rewrites prompts may ask the base for vectors: not beside a pass
-            stream = await self._between_passes(lambda: TokenStream(self, backend, request, loop))
-        else:
-            stream = await asyncio.to_thread(TokenStream, self, backend, request, loop)
+        with _unloading_told(backend, request.artifact):
+            # what rewrites prompts may ask the base for vectors: not beside a pass
+            if backend.composes(request.artifact):
+                stream = await self._between_passes(lambda: TokenStream(self, backend, request, loop))
+            else:
+                stream = await asyncio.to_thread(TokenStream, self, backend, request, loop)
 
         def begin() -> None:
             self._check_there(backend, request, stream.running)
@@ -132,38 +140,51 @@ class Service:
         await self._between_passes(lambda: self._drop(own))
 
     async def delete(self, name: str) -> None:
-        """Unload an artifact and remove it from disk. Raises as `unload` does."""
-        own = self._artifact(name)
-        await self.unload(name)
-        await asyncio.to_thread(lambda: remove(find(own)))
+        """Unload an artifact and remove it from disk.
+
+        Raises as `unload` does, and ConflictError for one that was loaded from a folder: it can only be unloaded.
+        """
+        own, folder = self._artifact(name), self.card(name).root
+        self.library.check_own(own)
+
+        def take_away() -> None:
+            remove(find(folder))
+            self._order(lambda: self._drop(own)).result()
+
+        await self._beside_passes(take_away)  # nobody loads it again before its files are gone
 
     async def tokenize(self, model: str, request: Request) -> list[int]:
         """The token ids of a request's prompt, virtual ones included."""
         backend, artifact = await self._backend(model)
         named = replace(request, artifact=artifact)
-        if backend.composes(artifact):
-            return await self._between_passes(lambda: list(backend.running(named).prompt_ids))
-        return await asyncio.to_thread(lambda: list(backend.running(named).prompt_ids))
+        with _unloading_told(backend, artifact):
+            if backend.composes(artifact):
+                return await self._between_passes(lambda: list(backend.running(named).prompt_ids))
+            return await asyncio.to_thread(lambda: list(backend.running(named).prompt_ids))
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
         backend, artifact = await self._backend(model)
-        return backend.rendering(artifact).renderer.tokenizer.decode(token_ids)
+        with _unloading_told(backend, artifact):
+            return backend.rendering(artifact).renderer.tokenizer.decode(token_ids)
 
     def token_bytes(self, model: str, token_id: int) -> bytes:
         """The bytes of one token; the model must be in memory."""
         backend, artifact = self._ready(model)
-        return backend.rendering(artifact).renderer.tokenizer.token_bytes(token_id)
+        with _unloading_told(backend, artifact):
+            return backend.rendering(artifact).renderer.tokenizer.token_bytes(token_id)
 
     def context(self, model: str) -> int:
         """Tokens that prompt and answer may have together; the model must be in memory."""
         backend, artifact = self._ready(model)
-        return backend.base.room(backend.slot(artifact))
+        with _unloading_told(backend, artifact):
+            return backend.base.room(backend.slot(artifact))
 
     def vocab_size(self, model: str) -> int:
         """Ids below this are words; the model must be in memory."""
         backend, artifact = self._ready(model)
-        return backend.rendering(artifact).renderer.tokenizer.vocab_size
+        with _unloading_told(backend, artifact):
+            return backend.rendering(artifact).renderer.tokenizer.vocab_size
 
     async def warm(self, model: str) -> None:
         """Have the model in memory before its facts are asked for. Raises as `stream` does."""
@@ -216,7 +237,7 @@ class Service:
     def _ready(self, model: str) -> tuple[LocalBackend, str | None]:
         found = self.library.ready(model)
         if found is None:
-            raise ConflictError(f"{model} is not in memory")
+            raise _unloaded()
         return found
 
     async def _backend(self, model: str) -> tuple[LocalBackend, str | None]:
@@ -224,10 +245,8 @@ class Service:
         found = self.library.ready(model)
         if found is not None:
             return found
-        if self._closed:
-            raise ConflictError("the service is closed")
         # a thread of its own, however many wait: they would use up the loop's threads and keep the one that loads out
-        return await asyncio.wrap_future(self._loader.submit(self._load, model))
+        return await self._beside_passes(lambda: self._load(model))
 
     def _load(self, model: str) -> tuple[LocalBackend, str | None]:
         """Load a model that may be there by now; in the loader's thread, where nobody loads it a second time."""
@@ -238,14 +257,28 @@ class Service:
         slot = None if request.artifact is None else backend.slots.get(request.artifact)
         same = request.artifact is None or (slot is not None and slot.number == running.slot)
         if not same or backend.engine not in self.library.engines:
-            raise OverloadedError("the model was unloaded while the request came in", hint="try again")
+            raise _unloaded()
+
+    async def _beside_passes(self, work: Callable[[], T]) -> T:
+        """Run something in the loader's thread, one at a time. Raises TailorError when the service ends."""
+
+        def run() -> T:
+            if self._closed:
+                raise _closing()
+            return work()
+
+        try:
+            future = self._loader.submit(run)
+        except RuntimeError:  # it takes nothing any more
+            raise _closing() from None
+        return await asyncio.wrap_future(future)
 
     async def _between_passes(self, order: Callable[[], T]) -> T:
         """Run something in the engine's thread, when no pass runs."""
         return await asyncio.wrap_future(self._order(order))
 
     def _order(self, order: Callable[[], T]) -> Future[T]:
-        """Have something run in the engine's thread. Raises ConflictError when there is none any more."""
+        """Have something run in the engine's thread. Raises TailorError when there is none any more."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -257,7 +290,7 @@ class Service:
 
         with self._gate:
             if self._closed:
-                raise ConflictError("the service is closed")
+                raise _closing()
             self._orders.put(run)
         return future
 
@@ -270,14 +303,32 @@ class Service:
                 if order is None:
                     self._end()
                     return
-                order()
+                self._obey(order)
                 busy = [engine for engine in self.library.engines if not engine.idle]
             for engine in busy:
-                try:
-                    for running in engine.step():
-                        self._tell(running)
-                except Exception as error:
-                    self._fail([*engine.scheduler.active, *engine.scheduler.waiting], error)
+                self._pass(engine)
+
+    def _obey(self, order: Callable[[], None]) -> None:
+        """Run an order; whatever it raises, the thread goes on."""
+        try:
+            order()
+        except BaseException as error:
+            traceback.print_exception(error, file=sys.stderr)
+
+    def _pass(self, engine: Engine) -> None:
+        """One pass of an engine. When it fails, so do all its answers, also those that had just left its scheduler."""
+        try:
+            moved = engine.step()
+        except BaseException as error:
+            self._fail([r for r, stream in self._streams.items() if stream._backend.engine is engine], error)
+            for running in [*engine.scheduler.active, *engine.scheduler.waiting]:
+                self._obey(partial(engine.cancel, running))
+            return
+        for running in moved:
+            try:
+                self._tell(running)
+            except BaseException as error:
+                self._fail([running], error)
 
     def _tell(self, running: Running) -> None:
         stream = self._streams.get(running)
@@ -291,10 +342,12 @@ class Service:
             self._num["cached_tokens"] += running.num_cached
 
     def _fail(self, sequences: Sequence[Running], error: BaseException) -> None:
-        """A pass failed: whoever was part of it is told, and the thread goes on."""
+        """Something failed: whoever was part of it is told, and the thread goes on."""
+        if not isinstance(error, Exception):  # it would end the loop of whoever reads
+            error = RuntimeError(f"the engine's thread was told to end: {error!r}")
         for running in sequences:
             if (stream := self._streams.pop(running, None)) is not None:
-                stream._backend.engine.cancel(running)
+                self._obey(partial(stream._backend.engine.cancel, running))
                 stream.put(error)
                 self._num["failed"] += 1
 
@@ -311,5 +364,24 @@ class Service:
             self._closed = True
         while not self._orders.empty():
             if (order := self._orders.get()) is not None:
-                order()
-        self._fail(list(self._streams), TailorError("the server is shutting down"))
+                self._obey(order)
+        self._fail(list(self._streams), _closing())
+
+
+def _closing() -> TailorError:
+    return TailorError("the server is shutting down")
+
+
+def _unloaded() -> OverloadedError:
+    return OverloadedError("the model was unloaded while the request came in", hint="try again")
+
+
+@contextlib.contextmanager
+def _unloading_told(backend: LocalBackend, artifact: str | None) -> Iterator[None]:
+    """Raise OverloadedError where a model is not found because it was unloaded after the request had found it."""
+    try:
+        yield
+    except NotFoundError as error:
+        if artifact is None or artifact in backend.slots:
+            raise
+        raise _unloaded() from error

@@ -66,7 +66,7 @@ class TokenStream:
         if isinstance(piece, BaseException):
             self._over = True
             raise piece
-        self._over = piece.finish_reason is not None
+        self._over = self._over or piece.finish_reason is not None
         return piece
 
     async def aclose(self) -> None:
@@ -78,6 +78,7 @@ class TokenStream:
         if self.completion is None and self.running.error is None:
             self._service.forget(self._backend, self.running)
         self._over = True
+        self.put(StopAsyncIteration())  # whoever reads at this moment
 
     def tell(self) -> None:
         """The engine's word that this sequence got a token or ended; in the engine's thread."""
@@ -128,7 +129,10 @@ class VotedStream:
         for stream in self._streams:
             async for _ in stream:
                 pass
-        self.completion = chosen = winner([s.completion for s in self._streams if s.completion is not None])
+        completions = [stream.completion for stream in self._streams if stream.completion is not None]
+        if len(completions) < len(self._streams):  # cancelled
+            raise StopAsyncIteration
+        self.completion = chosen = winner(completions)
         return Piece(chosen.text, chosen.tokens, chosen.finish_reason)
 
     async def aclose(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tailor.text.render import Renderer
+from tailor.text.render import Renderer, before_stop
 
 WINDOW = 8
 """Tokens that are decoded again with every new one: a character may be spread over several."""
@@ -62,9 +62,7 @@ class TextStream:
     @property
     def content(self) -> str:
         """The answer's whole text so far, as if it ended here."""
-        text = self.renderer.parse(self.token_ids).content
-        found = first_stop(text, self.stop)
-        return text if found is None else text[:found]
+        return answer_text(self.renderer, self.token_ids, self.stop)
 
     def _content(self) -> str:
         return self._text.removeprefix(self.renderer.lead)
@@ -93,6 +91,16 @@ class TextStream:
         if rest and tail.endswith(rest) and not rest.startswith("\ufffd"):
             self._before += tail[: -len(rest)]
             self._begin = later
+
+
+def answer_text(renderer: Renderer, token_ids: Sequence[int], stop: Sequence[str]) -> str:
+    """The text of an answer: before the first of the stop texts, else what the renderer reads."""
+    if stop:
+        said = renderer.tokenizer.decode(before_stop(token_ids, renderer.stop), continues=True)
+        text = said.removeprefix(renderer.lead)  # what it would cut off behind may be part of a stop text
+        if (found := first_stop(text, stop)) is not None:
+            return text[:found]
+    return renderer.parse(token_ids).content
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

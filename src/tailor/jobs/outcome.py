@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,9 @@ def run_of(name: str) -> Run | None:
 
 def discard(name: str) -> None:
     """Remove the artifact of a job that was cancelled at its last moment."""
-    if (home() / "artifacts" / name).is_dir():
-        from tailor.artifacts import artifact as artifacts  # brings torch, which a worker has no other use for
-
-        artifacts.remove(artifacts.find(name))
+    folder = home() / "artifacts" / name
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def _told(said: Mapping[str, Any] | None, name: str) -> Outcome | None:

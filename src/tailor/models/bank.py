@@ -56,7 +56,7 @@ class Bank:
         if len(set(scales)) == 1:
             scale = scales[0]
         elif scales:
-            scale = torch.cat([torch.full((a.shape[0],), c) for a, _, c in pairs]).to(like)
+            scale = torch.cat([torch.full((a.shape[0],), c, dtype=torch.float64) for a, _, c in pairs]).to(like)
         return Bank(
             tuple(sum(a.shape[0] for a, _, _ in change.low_ranks) for change in changes),
             torch.cat([a.to(like) for a, _, _ in pairs]) if pairs else None,

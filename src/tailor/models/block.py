@@ -33,14 +33,14 @@ class BlockDelta:
     """One technique's addition to a block's output; `dropout` is on what is added.
 
     `parameters` are those `change` uses, for counts of operations. Deltas of one `kind` can be stacked where nothing is
-    learned: `together(their parts)` makes one change of them all. `part()` is this one's.
+    learned: `together(their parts)` makes one change of them all. `part(dtype)` is this one's.
     """
 
     change: Change
     parameters: tuple[Tensor, ...] = ()
     dropout: float = 0.0
     kind: Hashable = None
-    part: Callable[[], Any] = lambda: None
+    part: Callable[[torch.dtype], Any] = lambda dtype: None
     together: Callable[[Sequence[Any]], Together] | None = None
 
     def num_operations(self) -> int:
@@ -108,7 +108,7 @@ class SlotBlock:
         touched = [span for span in plan.spans if span.slot in self.deltas]
         for rows, slots in plan.rows_of(touched, outputs.device):
             where = slice(rows.start, rows.end)
-            stack = self._stack(plan, slots) if len(slots) > 1 and not plan.training else None
+            stack = self._stack(plan, slots, outputs.dtype) if len(slots) > 1 and not plan.training else None
             if stack is not None:
                 outputs[where] += stack(inputs[where], outputs[where], rows)
                 continue
@@ -119,7 +119,7 @@ class SlotBlock:
                     own += self._noisy(added, plan, span, number, delta.dropout)
         return outputs
 
-    def _stack(self, plan: Plan, slots: tuple[int, ...]) -> Together | None:
+    def _stack(self, plan: Plan, slots: tuple[int, ...], dtype: torch.dtype) -> Together | None:
         """The slots' changes in one, as their parameters are now; None when they are not of one kind, or not finite.
 
         What one of them has that is no number would reach the others' rows through the products.
@@ -128,11 +128,11 @@ class SlotBlock:
         first = every[0][0]
         if first.together is None or any(len(own) != 1 or own[0].kind != first.kind for own in every):
             return None
-        key = tuple((number, plan.state_of(self.slot_host.slots[number])) for number in slots)
+        key = (dtype, *((number, plan.state_of(self.slot_host.slots[number])) for number in slots))
         if key not in self._stacks:
             if not all(bool(p.isfinite().all()) for own in every for p in own[0].parameters):
                 return None
-            self._stacks[key] = first.together([own[0].part() for own in every])
+            self._stacks[key] = first.together([own[0].part(dtype) for own in every])
             if len(self._stacks) > KEPT_BANKS:
                 self._stacks.popitem(last=False)
         return self._stacks[key]

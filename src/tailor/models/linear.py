@@ -165,7 +165,7 @@ class SlotLinear(nn.Module):
     def _bank(self, plan: Plan, slots: tuple[int, ...]) -> Bank:
         """The slots' changes as their parameters are now; the banks used last are kept."""
         host = self.slot_host
-        key = tuple((number, plan.state_of(host.slots[number])) for number in slots)
+        key = (host.dtype, *((number, plan.state_of(host.slots[number])) for number in slots))
         if key in self._banks:
             self._banks.move_to_end(key)
         else:

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from tailor.errors import ResourceError
+from tailor.errors import OverloadedError, ResourceError
 from tailor.server.answers import headers_of
 from tailor.server.errors import invalid
 from tailor.server.protocol import EmbeddingRequest
@@ -34,6 +34,8 @@ def embeddings_router(service: Service, stopping: Stopping) -> APIRouter:
         inputs = _inputs(service, body)
         try:
             vectors, num_tokens = await while_connected(request, stopping, service.embed(body.model, inputs))
+        except OverloadedError:
+            raise
         except ResourceError as error:
             raise invalid("input", error.message, "context_length_exceeded") from error
         if body.dimensions is not None:

@@ -193,11 +193,15 @@ def _check_room(num_prompt: int, num_new: int, context: int, param: str) -> None
 
 async def collect(streams: Sequence[Stream]) -> list[Completion]:
     """The completions of streams read to their end; cancels them all when this is cancelled or one fails."""
+    tasks = [asyncio.ensure_future(_drain(stream)) for stream in streams]
     try:
-        await asyncio.gather(*(_drain(stream) for stream in streams))
+        await asyncio.gather(*tasks)
     except BaseException:
         for stream in streams:
             stream.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         raise
     return completions_of(streams)
 

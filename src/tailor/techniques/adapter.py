@@ -147,18 +147,22 @@ class Adapter(Technique):
 
     def _delta(self, slot: Slot, parameters: Mapping[str, nn.Parameter]) -> BlockDelta:
         """The formula, without `out +`; adapters of equal form can be stacked."""
-        dtype = slot.host.dtype
-        narrow = slot.derived(lambda: {key: p.to(dtype) for key, p in parameters.items()}, *parameters.values())
+        own = slot.host.dtype
+        kept = slot.derived(lambda: {key: p.to(own) for key, p in parameters.items()}, *parameters.values())
+
+        def narrow(dtype: torch.dtype) -> Own:
+            return kept() if dtype == own else {key: p.to(dtype) for key, p in parameters.items()}
+
         kind = (self.form, self.norm, self.activation, self.scale, self.bias)
         every = tuple(parameters.values())
         return BlockDelta(self._change(narrow), every, self.dropout, ("adapter", *kind), narrow, self._together)
 
-    def _change(self, parameters: Callable[[], Own]) -> Change:
+    def _change(self, parameters: Callable[[torch.dtype], Own]) -> Change:
         activation = ACTIVATIONS[self.activation]
 
         def change(inputs: Tensor, outputs: Tensor) -> Tensor:
             x = outputs if self.form == "sequential" else inputs
-            own = parameters()
+            own = parameters(x.dtype)
             if self.norm == "pre":
                 x = _norm(x, own)
             x = activation(F.linear(x, own["down.weight"], own.get("down.bias")))
