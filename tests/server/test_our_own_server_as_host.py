@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from hosted_journey import hosted_journey
 from live_command import running
+
+from hosted_journey import hosted_journey
 
 
 def test_everything_that_is_done_with_a_hosted_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
