@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_chats import told
 
+from recorded_chats import told
 from tailor.feedback.feedback import Feedback, FeedbackError, FeedbackLog, current
 from tailor.feedback.journal import Damage
 from tailor.feedback.redact import redactor

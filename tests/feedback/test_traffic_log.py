@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_chats import told
 
+from recorded_chats import told
 from tailor.errors import ConfigError
 from tailor.feedback.journal import Damage
 from tailor.feedback.traffic import Choice, Exchange, Traffic, TrafficSettings, open_traffic
