@@ -79,7 +79,7 @@ VARIANTS: dict[str, Any] = {
         exclude_modules=("*.2.*",),
     ),
     "adapter/parallel": Adapter(
-        bottleneck_size=2, form="parallel", norm="none", activation="relu", scale=4.0, bias=True
+        bottleneck_size=6, form="parallel", norm="none", activation="relu", scale=4.0, bias=True
     ),
     "adapter/post": Adapter(bottleneck_size=4, norm="post", dropout=0.2, blocks=("mlp",), target_layers=(1, 2)),
     "adapter/tied": Adapter(bottleneck_size=2, weight_tying=True, activation="gelu"),
