@@ -163,6 +163,7 @@ def test_a_reader_of_what_is_cancelled_wakes_up(home: Path) -> None:
             await asyncio.sleep(0.05)
             stream.cancel()
             await asyncio.wait_for(reading, 20)
+            assert stream.completion is None, "it was cancelled, not answered"
 
     async def drain(stream: Any) -> None:
         async for _ in stream:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tailor.data.records import Record, completion_of, prompt_of, tools_of
 from tailor.evaluation.likelihood import completion_logprobs
-from tailor.evaluation.passes import Passes, Progress, finite
+from tailor.evaluation.passes import Passes, Progress, finite, stage
 from tailor.evaluation.scores import METRICS
 from tailor.evaluation.task import Task
 from tailor.inference.backend import Completion, Request, SamplingParams
@@ -65,11 +65,7 @@ class HostedPasses:
         return [(float(finite(logprobs, self.artifact).double().sum()), len(logprobs)) for logprobs in found]
 
     def _stage(self, name: str) -> Callable[[int], None]:
-        def tell(done: int) -> None:
-            if self.progress is not None:
-                self.progress(name, done, len(self.records))
-
-        return tell
+        return stage(self.progress, name, len(self.records))
 
 
 def passes_over(

@@ -88,11 +88,17 @@ class Passes:
         return [(float(finite(logprobs, self.artifact).double().sum()), len(logprobs)) for logprobs in found]
 
     def _stage(self, name: str) -> Callable[[int], None]:
-        def tell(done: int) -> None:
-            if self.progress is not None:
-                self.progress(name, done, len(self.records))
+        return stage(self.progress, name, len(self.records))
 
-        return tell
+
+def stage(progress: Progress | None, name: str, total: int) -> Callable[[int], None]:
+    """What tells `progress` how much of one stage is done."""
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(name, done, total)
+
+    return tell
 
 
 def finite(logprobs: Tensor, artifact: str | None) -> Tensor:
