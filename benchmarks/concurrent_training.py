@@ -312,7 +312,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Where this ran and how."""
     import torch
 
-    from tailor.recipes.machine import describe_machine
+    from tailor.machine import describe_machine
 
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     return {**describe_machine(), "torch": torch.__version__, "settings": settings}

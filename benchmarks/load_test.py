@@ -103,10 +103,10 @@ class Server:
 
 
 @contextmanager
-def serving(home: Path, log: Path) -> Iterator[Server]:
-    """`tailor serve` on a free port while the block runs; what it says goes to `log`."""
+def serving(home: Path, log: Path, *more: str) -> Iterator[Server]:
+    """`tailor serve` on a free port while the block runs, with `more` options; what it says goes to `log`."""
     start = "from tailor.cli.main import main; main()"
-    options = ["--port", "0", "--json", "--jobs", "0", "--base", MODEL, "--dtype", "float32"]
+    options = ["--port", "0", "--json", "--base", MODEL, "--dtype", "float32", *more]
     with (
         log.open("w", encoding="utf-8") as errors,
         subprocess.Popen(
@@ -229,7 +229,8 @@ async def at_rest(server: Server) -> dict[str, float]:
     """The server's counts when nothing runs any more, or after half a minute."""
     for _ in range(60):
         metrics = await server.metrics()
-        if not metrics["tailor_running"] and not metrics["tailor_waiting"]:
+        ended = sum(metrics[f"tailor_{name}"] for name in ("finished", "cancelled", "failed"))
+        if metrics["tailor_requests"] == ended and not metrics["tailor_running"] and not metrics["tailor_waiting"]:
             break
         await asyncio.sleep(0.5)
     return metrics
@@ -237,10 +238,10 @@ async def at_rest(server: Server) -> dict[str, float]:
 
 async def measure(home: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What every model answers alone; then the load."""
-    with serving(home, home / "alone.log") as server:
+    with serving(home, home / "alone.log", "--jobs", "0") as server:
         print(f"{len(server.models)} models at http://{HOST}:{server.port}: asking each alone", flush=True)
         tally = Tally(await answers_alone(server))
-    with serving(home, home / "load.log") as server:
+    with serving(home, home / "load.log", "--jobs", "0") as server:
         print(f"{options.clients} clients for {options.seconds:g} seconds", flush=True)
         seconds = await load(server, tally, options.seconds, options.clients, options.pause)
         metrics = await at_rest(server)
@@ -271,7 +272,7 @@ def main() -> None:
     asked = {name: value for name, value in vars(options).items() if name != "output"}
     print(json.dumps(found, indent=1, ensure_ascii=False))
     if options.output:
-        from tailor.recipes.machine import describe_machine
+        from tailor.machine import describe_machine
 
         facts = {"machine": {**describe_machine(), "load": loads}, "settings": asked, **found}
         options.output.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -282,7 +282,7 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    from tailor.recipes.machine import describe_machine
+    from tailor.machine import describe_machine
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {**describe_machine(), **versions, "num_threads": torch.get_num_threads(), "load": os.getloadavg()}

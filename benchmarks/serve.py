@@ -27,6 +27,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from train_worker import TINY, WORKLOADS, Workload, llama, make_model, num_cores
 
 if TYPE_CHECKING:
+    from tailor.inference.engine import Engine
     from tailor.inference.scheduler import Running
     from tailor.models.base import Base
     from tailor.models.slots import Slot
@@ -63,6 +65,11 @@ class Bench:
     mixed: list[Slot | None]
     loras: list[Slot]
     draw: random.Random = field(default_factory=lambda: random.Random(0))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """One for all cases, as in a server: its memory for keys and values is taken once."""
+        return make_engine(self.base)
 
     def ids(self, num: int) -> list[int]:
         """So many random tokens."""
@@ -119,12 +126,15 @@ def sequence(slot: Slot | None, ids: Sequence[int], num_new: int) -> Running:
     return Running([*lead, *ids], slot.number if slot else 0, SamplingParams(max_new_tokens=num_new, ignore_stop=True))
 
 
-def answer(base: Base, batch: Sequence[Running]) -> tuple[float, float]:
-    """Seconds until every request has its first token, and from then on until the last has ended."""
+def make_engine(base: Base, *, int8: bool = False) -> Engine:
+    """An engine that computes every prompt, each in one pass."""
     from tailor.inference.engine import Engine, EngineSettings
 
-    limits = EngineSettings(max_sequences=len(batch), tokens_per_pass=1 << 14, max_prefix_bytes=0)
-    engine = Engine(base, (), limits)
+    return Engine(base, (), EngineSettings(tokens_per_pass=1 << 14, max_prefix_bytes=0, int8=int8))
+
+
+def answer(engine: Engine, batch: Sequence[Running]) -> tuple[float, float]:
+    """Seconds until every request has its first token, and from then on until the last has ended."""
     for request in batch:
         engine.add(request)
     start = time.perf_counter()
@@ -163,7 +173,7 @@ def mixed(bench: Bench, repeats: int) -> dict[str, Any]:
     def side(slots: Sequence[Slot | None]) -> Callable[[], tuple[float, float]]:
         def run() -> tuple[float, float]:
             pairs = zip(slots, prompts, strict=True)
-            return answer(bench.base, [sequence(slot, ids, ANSWER) for slot, ids in pairs])
+            return answer(bench.engine, [sequence(slot, ids, ANSWER) for slot, ids in pairs])
 
         return run
 
@@ -201,7 +211,7 @@ def loras(bench: Bench, repeats: int) -> dict[str, Any]:
 
     def tailor() -> float:
         batch = [sequence(bench.loras[k % 8], ids, ANSWER) for k, ids in enumerate(prompts.tolist())]
-        return sum(answer(bench.base, batch))
+        return sum(answer(bench.engine, batch))
 
     found = in_turns({"tailor": tailor, "peft": peft}, repeats)
     return {**{f"{name}_seconds": median(times) for name, times in found.items()}, "ratio": ratios(*found.values())}
@@ -242,7 +252,7 @@ def lengths(bench: Bench, repeats: int) -> dict[str, Any]:
         return time.perf_counter() - start
 
     def tailor() -> float:
-        return sum(answer(bench.base, [sequence(None, p, n) for p, n in zip(prompts, answers, strict=True)]))
+        return sum(answer(bench.engine, [sequence(None, p, n) for p, n in zip(prompts, answers, strict=True)]))
 
     sides: dict[str, Callable[[], float]] = {"tailor": tailor, "generate": static}
     told: dict[str, Any] = {}
@@ -284,7 +294,7 @@ def single(bench: Bench, repeats: int) -> dict[str, Any]:
         return time.perf_counter() - start
 
     def tailor() -> float:
-        return answer(bench.base, [sequence(None, bench.ids(PROMPT), ANSWER)])[1] / (ANSWER - 1)
+        return answer(bench.engine, [sequence(None, bench.ids(PROMPT), ANSWER)])[1] / (ANSWER - 1)
 
     found = in_turns({"tailor": tailor, "floor": floor}, repeats)
     share = median(b / a for a, b in zip(found["tailor"], found["floor"], strict=True))

@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tailor.recipes.machine import describe_machine
+from tailor.machine import describe_machine
 
 PACKAGE = Path(__file__).parents[1] / "src" / "tailor"
 BASE = PACKAGE / "models" / "embedded"

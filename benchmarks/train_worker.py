@@ -303,7 +303,7 @@ def tell_machine(job: Job, channel: Channel) -> None:
     import torch
     import transformers
 
-    from tailor.recipes.machine import describe_machine
+    from tailor.machine import describe_machine
     from tailor.techniques import TECHNIQUES
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -24,7 +24,7 @@ FOLDERS = (
     *("text", "metrics", "data", "models", "techniques", "objectives", "artifacts", "inference", "training"),
     *("evaluation", "rag", "feedback", "curation", "synthesis", "recipes", "jobs", "server", "cli"),
 )
-FILES = ("errors", "explain", "store", "config", "runs")
+FILES = ("errors", "explain", "machine", "store", "config", "runs")
 WIDTH = 100
 GENERATED = "<!-- written by `make docs`; do not edit -->"
 
@@ -199,7 +199,7 @@ def exit_codes() -> str:
         kinds += kind.__subclasses__()
     rows = {
         kind.exit_code: _first_line(inspect.getdoc(kind) or "")
-        for kind in kinds[1:]
+        for kind in reversed(kinds[1:])  # of those with one code the last word is the root's
         if kind.__module__ == TailorError.__module__
     }
     rows |= {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+import postgres_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +26,39 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A TAILOR_HOME of the test's own; the folder is not there yet."""
     monkeypatch.setenv("TAILOR_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server: the one of TAILOR_TEST_POSTGRES, or one that is started for the tests."""
+    if url := os.environ.get(postgres_server.VARIABLE):
+        yield url
+        return
+    with postgres_server.server() as server:
+        yield server.url
+
+
+@pytest.fixture
+def postgresql_database(postgresql: str) -> Iterator[str]:
+    """The URL of an empty database of PostgreSQL."""
+    with postgres_server.empty_database(postgresql) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """The URL of an empty database: None for SQLite in TAILOR_HOME, and once more one of PostgreSQL."""
+    return None if request.param == "sqlite" else str(request.getfixturevalue("postgresql_database"))
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def module_database(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """As `database`, one for all tests of a file."""
+    if request.param == "sqlite":
+        yield None
+        return
+    with postgres_server.empty_database(str(request.getfixturevalue("postgresql"))) as url:
+        yield url
 
 
 @pytest.fixture

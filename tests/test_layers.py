@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tailor"
 ORDER = [
-    *({"errors"}, {"explain"}, {"store"}, {"config"}, {"runs"}),
+    *({"errors"}, {"explain"}, {"machine"}, {"store"}, {"config"}, {"runs"}),
     *({"text"}, {"metrics"}, {"data"}, {"models"}, {"techniques", "objectives"}, {"artifacts"}, {"inference"}),
     *({"training"}, {"evaluation"}, {"rag", "feedback"}, {"curation"}, {"synthesis"}, {"recipes"}, {"jobs"}),
     *({"server"}, {"cli"}),

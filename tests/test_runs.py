@@ -83,6 +83,23 @@ def test_metrics_come_back_exactly() -> None:
     ]
 
 
+def test_metrics_since_an_earlier_look() -> None:
+    run = Run.create("tickets", "", {})
+    path = run.folder / "metrics.jsonl"
+    run.log(1, loss=2.0)
+    seen = path.stat().st_size
+    assert run.metrics(seen) == []
+    run.log(2, loss=1.0)
+    assert run.metrics(seen) == [{"step": 2, "loss": 1.0}]
+    assert [line["step"] for line in run.metrics(seen - 1)] == [1, 2], "no line begins there"
+    path.write_bytes(path.read_bytes() + b"damaged\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:3"):
+        run.metrics(seen)
+    path.write_bytes(b"")
+    run.log(1, loss=3.0)
+    assert [line["loss"] for line in run.metrics(10 * seen)] == [3.0], "written anew"
+
+
 def test_a_diverged_loss_is_logged_in_strict_json() -> None:
     run = Run.create("a", "", {})
     run.log(1, loss=math.nan, norm=math.inf, low=[-math.inf])

@@ -35,7 +35,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = frozenset("(|<>\\&;")
 SHORT = {"tune": ["train.num_steps=2"]}
-MORE = ("--job-threads", "1", "--record")
+MORE = ("--job-threads", "1", "--job-niceness", "0", "--record")
 """What the page's server is started with besides: a later section tells of `--record`."""
 LAST_LINE = "Ctrl-C stops.\n"
 
@@ -84,6 +84,7 @@ class Reader:
     def read(self, block: Block) -> None:
         """Do what a block says, or compare what it shows with what the last one printed."""
         doing = {"sh": self.sh, "python": self.python, "json": self.json, "text": self.text, "yaml": self.yaml}
+        doing["nginx"] = self.nginx
         doing[block.language](block)
 
     def sh(self, block: Block) -> None:
@@ -159,6 +160,22 @@ class Reader:
         path.write_text(block.text, "utf-8")
         (settings,) = load_recipe(path, HostedSettings).recipe.endpoints.values()
         assert settings.prices["example-model"].cached == 0.075
+
+    def nginx(self, block: Block) -> None:
+        """nginx itself says whether it would start with it, where there is one."""
+        assert "server_name models.example.com;" in block.text
+        assert block.text.count("{") == block.text.count("}")
+        if (program := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")) is not None:
+            own = self.folder / "nginx"
+            own.mkdir()
+            kept = "".join(
+                f"{kind}_temp_path {own};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            )
+            text = block.text.replace("listen 80;", f"listen unix:{own}/socket;")
+            page = f"pid {own}/pid;\nerror_log stderr;\nevents {{}}\nhttp {{\naccess_log off;\n{kept}{text}}}\n"
+            (own / "nginx.conf").write_text(page)
+            tried = subprocess.run([program, "-t", "-c", own / "nginx.conf"], capture_output=True, text=True)
+            assert tried.returncode == 0, tried.stderr
 
     def close(self) -> None:
         if self.server is not None:

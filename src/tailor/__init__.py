@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tailor.recipes.compare_settings import CompareRecipe
     from tailor.recipes.evaluate import evaluate
     from tailor.recipes.plan import plan
+    from tailor.recipes.prompt_optimize import optimize_prompt
+    from tailor.recipes.prompt_settings import PromptRecipe
     from tailor.recipes.recommend import recommend
     from tailor.recipes.sweep import sweep
     from tailor.recipes.sweep_settings import SweepRecipe
@@ -52,6 +54,7 @@ __all__ = [
     "OBJECTIVES",
     "PTuning",
     "PrefixTuning",
+    "PromptRecipe",
     "PromptTuning",
     "Prompting",
     "SamplingParams",
@@ -64,6 +67,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_base",
+    "optimize_prompt",
     "plan",
     "read_records",
     "recommend",
@@ -86,6 +90,7 @@ _HOMES = {
     "OBJECTIVES": "tailor.objectives",
     "PTuning": "tailor.techniques.p_tuning",
     "PrefixTuning": "tailor.techniques.prefix_tuning",
+    "PromptRecipe": "tailor.recipes.prompt_settings",
     "PromptTuning": "tailor.techniques.prompt_tuning",
     "Prompting": "tailor.techniques.prompting",
     "SamplingParams": "tailor.inference.backend",
@@ -98,6 +103,7 @@ _HOMES = {
     "evaluate": "tailor.recipes.evaluate",
     "load": "tailor.inference.load",
     "load_base": "tailor.models.base",
+    "optimize_prompt": "tailor.recipes.prompt_optimize",
     "plan": "tailor.recipes.plan",
     "read_records": "tailor.data.readers",
     "recommend": "tailor.recipes.recommend",

@@ -2,8 +2,8 @@
 
     TailorError                 1   anything a person can act on
     ├── ConfigError             3   a recipe, setting or flag is wrong
-    ├── DataError               4   a row, file or record is wrong
-    ├── ResourceError           5   not enough memory, disk or context (OverloadedError: for now)
+    ├── DataError               4   a row, file or record is wrong (DamageError: what tailor wrote has changed)
+    ├── ResourceError           5   not enough memory, disk or context (Overloaded-, UnavailableError: for now)
     ├── NotFoundError           6   no such artifact, run, base or file
     ├── AuthError               7   a gated model or a key that is missing
     ├── ConflictError           8   it exists already, or belongs to another base
@@ -50,6 +50,12 @@ class DataError(TailorError):
     code = "data"
 
 
+class DamageError(DataError):
+    """Files of an artifact are not what they were when they were written."""
+
+    code = "damaged"
+
+
 class ResourceError(TailorError):
     """It does not fit: memory, disk, or the base's context."""
 
@@ -61,6 +67,12 @@ class OverloadedError(ResourceError):
     """Too many requests wait already: the same one may be taken later."""
 
     code = "overloaded"
+
+
+class UnavailableError(ResourceError):
+    """Something that is needed does not answer for now, such as the database: it may later."""
+
+    code = "unavailable"
 
 
 class NotFoundError(TailorError):

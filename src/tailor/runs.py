@@ -105,9 +105,12 @@ class Run:
         with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All logged lines, oldest first. A last line torn by a kill is left out; any other bad line is a DataError."""
-        return [row for _, row in self._lines()]
+    def metrics(self, start: int = 0) -> list[dict[str, Any]]:
+        """All logged lines, oldest first. A last line torn by a kill is left out; any other bad line is a DataError.
+
+        `start` is the byte where an earlier look ended: only newer lines, unless the file has been written anew.
+        """
+        return [row for _, row in self._lines(start)]
 
     def truncate(self, step: int) -> None:
         """Forget what was logged after `step`, in one atomic replacement: a resumed run logs it again."""
@@ -124,18 +127,21 @@ class Run:
     def _metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
+    def _lines(self, start: int = 0) -> list[tuple[str, dict[str, Any]]]:
         if not self._metrics.exists():
             return []
-        *lines, tail = self._metrics.read_bytes().split(b"\n")
+        data = self._metrics.read_bytes()
+        start = start if data[start - 1 : start] == b"\n" else 0
+        first = data.count(b"\n", 0, start) + 1
+        *lines, tail = data[start:].split(b"\n")
         rows = []
-        for number, line in enumerate([*lines, tail] if tail else lines, start=1):
+        for number, line in enumerate([*lines, tail] if tail else lines, start=first):
             try:
                 row = json.loads(line)
                 if not isinstance(row["step"], int):
                     raise TypeError
             except (ValueError, KeyError, TypeError):
-                if number == len(lines) + 1:
+                if number == first + len(lines):
                     break  # torn: the process died while writing it
                 raise DataError(f"{self._metrics}:{number}: not a line of metrics") from None
             rows.append((line.decode("utf-8"), _from_json(row)))

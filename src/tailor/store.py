@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +56,23 @@ def write_json(path: str | Path, value: Any) -> None:
     except UnicodeEncodeError:  # a lone surrogate: JSON can escape it, UTF-8 cannot carry it
         content = json.dumps(value, sort_keys=True, indent=2, allow_nan=False).encode("ascii")
     write_bytes(path, content + b"\n")
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, quota or limit that is reached."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raise OSError, as Python's own files do, where a library tells what the system said in words of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # safetensors': "… No space left on device (os error 28)"
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 @contextlib.contextmanager

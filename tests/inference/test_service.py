@@ -195,7 +195,10 @@ def test_another_name_and_another_folder(home: Path, tmp_path: Path) -> None:
     async def talk(service: Service) -> None:
         by_alias, by_name = [(await service.complete(n, [ask("Hi")]))[0].text for n in ("ft:nano:x:1", "lora")]
         assert by_alias == by_name
-        assert service.card("ft:nano:x:1").artifact == "lora"
+        assert [service.card(name).artifact for name in ("ft:nano:x:1", "lora")] == ["lora", "lora"]
+        listed = [card.id for card in service.models()]
+        assert "ft:nano:x:1" in listed  # once, by the name that its job gave it
+        assert "lora" not in listed
         card = await service.load("copy", home / "artifacts" / "ia3")
         assert (card.id, card.status) == ("copy", "loaded")
         assert (await service.complete("copy", [ask("Hi")]))[0].text == (await service.complete("ia3", [ask("Hi")]))[

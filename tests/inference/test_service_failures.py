@@ -290,7 +290,7 @@ def test_weights_are_read_beside_the_passes_and_without_the_lock(home: Path, mon
 
     asyncio.run(talk())
     assert len(threads) == 1
-    assert threads[0].startswith("loader")
+    assert threads[0] == "loads"
     assert len(free) >= 2
     assert all(free)
 
@@ -298,7 +298,7 @@ def test_weights_are_read_beside_the_passes_and_without_the_lock(home: Path, mon
 def test_damaged_weights_are_told(home: Path) -> None:
     for path in (home / "artifacts" / "lora").rglob("*.safetensors"):
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="'lora' are damaged"):
+    with pytest.raises(DataError, match="'lora' is damaged"):
         with_service(lambda service: service.complete("lora", [ask("Hello")]))
 
 

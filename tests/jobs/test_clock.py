@@ -15,9 +15,11 @@ from tailor.jobs.queue import Queue
 from tailor.server.file_store import FileStore
 
 
-def test_a_clock_that_jumps_loses_no_job_and_no_file(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_loses_no_job_and_no_file(
+    own_home: Path, database: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A year ahead, back to 1971, and on: while jobs wait, run, and are taken over."""
-    engine = open_database()
+    engine = open_database(database)
     queue, store = Queue(engine), FileStore(engine)
     file = store.add(b"kept", filename="k", purpose="batch", id="file-" + "k" * 24)
     now, clock = time.time(), time.time

@@ -20,8 +20,8 @@ from tailor.jobs.tables import EVENTS, JOBS, TABLES, NewEvent
 
 
 @pytest.fixture
-def queue(own_home: Path) -> Iterator[Queue]:
-    made = Queue(open_database())
+def queue(own_home: Path, database: str | None) -> Iterator[Queue]:
+    made = Queue(open_database(database))
     yield made
     made.engine.dispose()
 
@@ -62,7 +62,7 @@ LEASER = """
 import sys
 from tailor.jobs.database import open_database
 from tailor.jobs.queue import Queue
-queue = Queue(open_database())
+queue = Queue(open_database(sys.argv[2] or None))
 print("ready", flush=True)
 sys.stdin.readline()
 while (job := queue.lease(sys.argv[1])) is not None:
@@ -72,11 +72,12 @@ while (job := queue.lease(sys.argv[1])) is not None:
 """
 
 
-def test_processes_and_threads_that_hammer_one_database_never_share_a_job(queue: Queue) -> None:
+def test_processes_and_threads_that_hammer_one_database_never_share_a_job(queue: Queue, database: str | None) -> None:
     for number in range(60):
         queue.put(new_job(number))
     children = [
-        subprocess.Popen([sys.executable, "-c", LEASER, f"p{k}"], stdin=-1, stdout=-1, text=True) for k in range(2)
+        subprocess.Popen([sys.executable, "-c", LEASER, f"p{k}", database or ""], stdin=-1, stdout=-1, text=True)
+        for k in range(2)
     ]
     for child in children:
         assert child.stdout is not None

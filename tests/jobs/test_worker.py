@@ -23,13 +23,13 @@ from tailor.runs import Run
 
 
 @pytest.fixture
-def queue(own_home: Path) -> Iterator[Queue]:
-    made = Queue(open_database())
+def queue(own_home: Path, database: str | None) -> Iterator[Queue]:
+    made = Queue(open_database(database))
     yield made
     for job in made.leased():  # a test that failed leaves no process behind
         pid = folder_of(job.process or job.id) / "pid"
         if is_locked(pid.with_name("lock")) and pid.exists():
-            os.killpg(int(pid.read_text()), signal.SIGKILL)
+            os.killpg(int(pid.read_text().split()[0]), signal.SIGKILL)
     made.engine.dispose()
 
 
@@ -197,16 +197,18 @@ from job_cases import SLEEPS_UNTIL_TERMINATED, worker
 from tailor.jobs.database import open_database
 from tailor.jobs.queue import Queue
 from tailor.jobs.worker import Worker
-one = worker(Queue(open_database()), SLEEPS_UNTIL_TERMINATED)
+one = worker(Queue(open_database(sys.argv[2] or None)), SLEEPS_UNTIL_TERMINATED)
 one.start()
-one._thread.join()
+one._threads[0].join()
 """
 
 
-def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(queue: Queue, own_home: Path) -> None:
+def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
+    queue: Queue, own_home: Path, database: str | None
+) -> None:
     for number in range(4):
         queue.put(new_job(number))
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), database or ""]
     for delay in (0.0, 0.003, 0.02):  # before, while and after the first process starts
         server = subprocess.Popen(command)
         end = time.monotonic() + 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,16 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from hand_over_stub import vllm
+from hand_over_stub import checked, program, vllm
 from safetensors.torch import load_file, save_file
 
 from tailor.artifacts import artifact as artifacts
 from tailor.cli.main import run
 from tailor.errors import ConfigError, ConflictError
 from tailor.models.base import Base, load_base
-from tailor.recipes import hand_over_routes
 from tailor.recipes.hand_over import HandOver, hand_over
-from tailor.recipes.hand_over_files import Server
 from tailor.recipes.hand_over_routes import max_lora_rank
 from tailor.techniques import Technique
 from tailor.techniques.adapter import Adapter
@@ -73,20 +70,6 @@ def save(base: Base) -> Callable[..., str]:
         return name
 
     return make
-
-
-def program(done: HandOver, name: str) -> Any:
-    """check.py or ask.py, from where it was written."""
-    spec = importlib.util.spec_from_file_location(f"handed_{name}", done.folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def checked(done: HandOver, server: Server, url: str, *more: str) -> int:
-    return int(program(done, "check").main(["--server", server.name, "--url", url, *more]))
 
 
 def commands(done: HandOver, tmp_path: Path, name: Sequence[str]) -> list[str]:
@@ -160,39 +143,6 @@ def test_larger_ranks_than_vllm_takes_are_merged(save: Callable[..., str], tmp_p
     (server,) = hand_over(["wide"], tmp_path / "out").servers
     assert server.routes[0].weights == "merged"
     assert "rank 513" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_lora_is_merged_where_vllm_takes_none(
-    save: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    artifact = artifacts.find(save("mine", LoRA(rank=2, alpha=4.0)))
-    for model_type, weights in (("llama", "lora"), ("gpt2", "merged"), ("starcoder2", "merged")):
-        found = hand_over_routes.route("mine", artifact, model_type)
-        assert isinstance(found, hand_over_routes.Route)
-        assert found.weights == weights
-    monkeypatch.setattr(hand_over_routes, "LORA_TARGETS", hand_over_routes.LORA_TARGETS - {"up_proj"})
-    done = hand_over(["mine"], tmp_path / "out")
-    (server,) = done.servers
-    assert "no LoRA for its targets up_proj" in (done.folder / "README.md").read_text()
-    with vllm(done.folder, server) as stub:
-        assert checked(done, server, stub.url) == 0
-
-
-def test_a_quantised_base_goes_with_the_weights_that_it_computed_with(folder: Path, tmp_path: Path) -> None:
-    base = load_base(folder, "cpu", quantize="nf4")
-    techniques = [PromptTuning(num_virtual_tokens=2), LoRA(rank=2, alpha=4.0)]
-    for name, technique in zip(("soft", "lora"), techniques, strict=True):
-        slot = base.host.attach([technique], seed=1)
-        with torch.no_grad():
-            for parameter in slot.parameters.values():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-        artifacts.save(name, base, slot, [technique], {})
-    done = hand_over(["soft", "lora"], tmp_path / "out")
-    (server,) = done.servers
-    assert server.model == "models/tiny-llama-dequantised"
-    assert "quantised to nf4" in (done.folder / "README.md").read_text()
-    with vllm(done.folder, server) as stub:
-        assert checked(done, server, stub.url) == 0
 
 
 def test_the_check_holds_against_our_own_server_too(save: Callable[..., str], tmp_path: Path, folder: Path) -> None:
@@ -374,21 +324,7 @@ def test_ask_gets_the_answers_that_tailor_gives(
             assert said == stub.tokenizer.decode(list(answer.token_ids))
     soft = stub.bodies[1]
     assert soft["model"] == "tiny-llama"
-    assert soft["prompt"] == ""
-
-
-def test_a_base_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path, own_home: Path) -> None:
-    folder = tmp_path / "plain-llama"
-    tiny_model("llama", num_hidden_layers=2).save_pretrained(folder)
-    tiny_tokenizer(False).hf.save_pretrained(folder)
-    base = load_base(folder, "cpu")
-    prompting = Prompting(system="Be quick.", shots=0)
-    artifacts.save("prompt", base, base.host.attach([prompting]), [prompting], {})
-    done = hand_over(["prompt"], tmp_path / "out")
-    with vllm(done.folder, done.servers[0]) as stub:
-        assert checked(done, done.servers[0], stub.url) == 0
-        assert program(done, "ask").main(["prompt", "hello", "--url", stub.url, "--max-tokens", "2"]) == 0
-    assert stub.bodies[-1]["prompt"] == "Be quick.\n\nhello"
+    assert "prompt" not in soft
 
 
 def test_two_things_of_one_name_are_refused(save: Callable[..., str], tmp_path: Path) -> None:
@@ -431,3 +367,22 @@ def test_options_of_the_other_engine_are_usage_errors(
 ) -> None:
     assert run(["serve", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "away"),
+    [
+        ((5, 6, 7), (-0.1, -0.4, -0.3), 0.2 / 3),
+        ((5, 8, 9), (-0.1, -0.8, -0.9), (0.0 + 0.1) / 2),  # a near-tie the other way: the next one's logprob is -0.7
+        ((5, 8, 9), (-0.1, -1.7, -0.9), (0.0 + 1.0) / 2),  # another token than the next one
+        ((8, 6, 7), (-0.1, -0.2, -0.3), float("inf")),
+    ],
+)
+def test_the_distance_counts_near_ties_too(
+    tokens: Sequence[int], logprobs: Sequence[float], away: float, save: Callable[..., str], tmp_path: Path
+) -> None:
+    save("mine", LoRA(rank=2, alpha=4.0))
+    check = program(hand_over(["mine"], tmp_path / "out"), "check")
+    expected = {"token_ids": [5, 6, 7], "logprobs": [-0.1, -0.6, -0.3], "gaps": [4.0, 0.1, 4.0]}
+    found = {"tokens": [f"token_id:{token}" for token in tokens], "logprobs": list(logprobs)}
+    assert check.difference(found, expected, tie=0.3) == pytest.approx(away)

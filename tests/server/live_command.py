@@ -15,6 +15,7 @@ from typing import NamedTuple
 import openai
 
 START = (sys.executable, "-c", "from tailor.cli.main import main; main()", "serve", "--port", "0", "--json")
+START += ("--job-niceness", "0")  # other tests may want all cores
 PATIENCE = 200
 
 

@@ -232,6 +232,9 @@ class ScriptedService:
     def vocab_size(self, model: str) -> int:
         return VOCAB_SIZE
 
+    def takes_effort(self, model: str) -> bool:
+        return model == TUNED
+
     def context(self, model: str) -> int:
         return CONTEXT
 

@@ -114,6 +114,13 @@ def without(path: Path, key: str) -> None:
     path.write_text(json.dumps(told))
 
 
+def flip(path: Path, place: int) -> None:
+    """One bit of one number: the file can still be read."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "manifest cut": ("lora", "tailor.json", cut),
     "manifest empty": ("lora", "tailor.json", lambda path: path.write_text("")),
@@ -130,13 +137,18 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
         lambda path: path.write_bytes(b"\2\0\0\0\0\0\0\0{}"),
     ),
     "weights gone": ("lora", "adapter_model.safetensors", lambda path: path.unlink()),
+    "a bit flipped in the weights": ("lora", "adapter_model.safetensors", lambda path: flip(path, -1)),
+    "a bit flipped in another place": ("prefix", "adapter_model.safetensors", lambda path: flip(path, -400)),
+    "a prompt rewritten": ("prompt-0", "prompt.json", lambda path: path.write_text("{}")),
     "settings cut": ("prefix", "adapter_config.json", cut),
     "settings a list": ("lora", "adapter_config.json", lambda path: path.write_text("[]")),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_artifact_hurts_nobody(live: Live, client: openai.OpenAI, made: Path, damage: str) -> None:
+def test_a_damaged_artifact_hurts_nobody(
+    live: Live, client: openai.OpenAI, made: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     name, file, spoil = DAMAGES[damage]
     path = made / name / file
     whole = path.read_bytes()
@@ -144,13 +156,18 @@ def test_a_damaged_artifact_hurts_nobody(live: Live, client: openai.OpenAI, made
     listed = {model.id for model in client.models.list()}
     assert {MODEL, *MADE} - {name} <= listed
     assert (name in listed) == (file != "tailor.json")
-    with pytest.raises(openai.APIStatusError) as error:
+    with pytest.raises(openai.InternalServerError) as error:
         say(client, name)
     told = error.value.response.json()["error"]
     assert set(told) == {"message", "type", "param", "code"}
-    assert error.value.status_code in (400, 404)
-    assert re.search("damaged|manifest|weights are for something else|holds no|adapter_config", told["message"])
+    assert (error.value.status_code, told["type"], told["code"]) == (500, "server_error", "model_damaged")
+    assert error.value.response.headers["x-should-retry"] == "false"
+    assert re.search("damaged|not an artifact's manifest", told["message"])
     assert str(made.parent) not in error.value.response.text
+    assert "Traceback" not in error.value.response.text
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{error.value.request_id} POST /v1/chat/completions: ")
+    assert str(path if damage != "manifest without techniques" else path.parent) in line
     for healthy in (MODEL, "prompt-1"):
         say(client, healthy)
     path.write_bytes(whole)
@@ -174,6 +191,34 @@ def test_a_folder_that_is_gone_takes_only_its_own_model(live: Live, client: open
     with pytest.raises(openai.NotFoundError):
         say(client, "lora")
     assert say(client, "prefix")
+
+
+def test_a_damaged_artifact_can_still_be_deleted(live: Live, client: openai.OpenAI, made: Path) -> None:
+    flip(made / "lora" / "adapter_model.safetensors", -1)
+    assert client.models.delete("lora").deleted
+    assert not (made / "lora").exists()
+
+
+def test_an_adapter_from_a_folder_is_unloaded_and_not_deleted(made: Path, base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    (made / "lora").rename(folder)
+    live = start(Service(Library([base])), adapter_folders=(tmp_path,))
+    try:
+        with openai.OpenAI(base_url=live.url, api_key="none", max_retries=0) as client:
+            given = {"lora_name": "mine", "lora_path": str(folder)}
+            client.post("/load_lora_adapter", body=given, cast_to=str)
+            assert say(client, "mine")
+            with pytest.raises(openai.ConflictError, match="unload_lora_adapter") as error:
+                client.models.delete("mine")
+            assert (error.value.code, error.value.param) == ("adapter_not_deletable", "model")
+            assert error.value.response.headers["x-should-retry"] == "false"
+            assert str(tmp_path) not in error.value.message
+            assert folder.is_dir()
+            client.post("/unload_lora_adapter", body={"lora_name": "mine"}, cast_to=str)
+            assert "mine" not in {model.id for model in client.models.list()}
+            assert folder.is_dir()
+    finally:
+        live.stop()
 
 
 # --- loading, unloading, closing -------------------------------------------------------------------------------------

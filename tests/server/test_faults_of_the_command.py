@@ -67,9 +67,13 @@ def test_a_server_killed_while_a_job_runs_finishes_it_once(own_home: Path, its_j
     with running(own_home, *options) as command:
         job = wait(command, job_id, "succeeded")
         other = wait(command, done, "succeeded")
-        listed = [model.id for model in command.client.models.list()]
+        listed = {model.id: model.root for model in command.client.models.list()}  # type: ignore[attr-defined]
         assert {MODEL, job.fine_tuned_model, other.fine_tuned_model} <= set(listed)
-        assert len(listed) == len(set(listed))
+        assert len(listed) == len(set(listed.values()))  # every model once, whatever names it has
+        kept = [one.fine_tuned_model_checkpoint for one in command.client.fine_tuning.jobs.checkpoints.list(job_id)]
+        assert job.fine_tuned_model in kept
+        assert set(kept) <= set(listed)
+        assert all(say(command, model) for model in kept)
         say(command, job.fine_tuned_model)
         assert say(command, MODEL) == alone
         told = list(command.client.fine_tuning.jobs.list_events(job_id, limit=100))
@@ -107,6 +111,32 @@ def may_mount() -> bool:
         return False
     there = [program, "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     return subprocess.run(there, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_a_job_by_name_and_loses_nothing(own_home: Path) -> None:
+    """Two megabytes are too few for a checkpoint; when there is room, the run goes on from where it can."""
+    if not may_mount() or shutil.which("nsenter") is None:
+        pytest.skip("needs the right to mount a tmpfs")
+    own_home.mkdir()
+    mounting = f"mount -t tmpfs -o size=2m tmpfs '{own_home}' && exec \"$@\""
+    options = ("--base", MODEL, "--dtype", "float32", "--job-threads", "1")
+    with running(own_home, *options, inside=("unshare", "-rm", "sh", "-c", mounting, "sh")) as command:
+        before = say(command, MODEL)
+        job_id = create(command, MODEL, num_steps=3, checkpoint_every=1)
+        job = wait(command, job_id, "failed")
+        assert (job.error.code, job.error.param) == ("storage_full", None)
+        assert "No space left on device" in job.error.message
+        assert str(own_home) not in job.error.message
+        assert say(command, MODEL) == before
+        assert command.client.files.content(job.training_file).read() == ROWS
+        roomier = ("mount", "-o", "remount,size=64m", str(own_home))
+        there = ("nsenter", "--preserve-credentials", "-U", "-m", "-t", str(command.process.pid))
+        subprocess.run([*there, *roomier], check=True)
+        again = wait(command, create(command, MODEL, num_steps=3, checkpoint_every=1), "succeeded")
+        assert say(command, again.fine_tuned_model)
+        assert command.client.fine_tuning.jobs.retrieve(job_id).status == "failed"
+        assert "Traceback" not in command.log.read_text()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,11 +43,11 @@ def rows(number: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(tmp_path_factory: pytest.TempPathFactory, module_database: str | None) -> Iterator[Live]:
     home = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAILOR_HOME", str(home))
-        engine = open_database()
+        engine = open_database(module_database)
         files = FileStore(engine)
         jobs = FineTuning(Queue(engine), files, lambda: BASES)
         app = app_of([files_router(files), fine_tuning_router(jobs, heartbeat=0.0)])
@@ -104,6 +105,40 @@ def test_a_plain_job_becomes_a_recipe(live: Live) -> None:
     assert job.method is not None
     assert job.method.supervised is not None
     live.client.files.delete(live.client.files.create(file=rows(12), purpose="fine-tune").id)
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "NUL": {"metadata": {"a\0": "b\0"}},
+    "half a pair": {"metadata": {"a\ud800": "\udfff"}},
+    "NaN": {"tailor": {"recipe": {"train": {"learning_rate": float("nan")}}}},
+    "infinity": {"tailor": {"recipe": {"train": {"grad_clip": float("inf")}}}},
+    "NaN anywhere": {"metadata": {"a": float("nan")}},
+    "many steps": {"tailor": {"recipe": {"train": {"num_steps": 1 << 40}}}},
+    "more steps than numbers": {"tailor": {"recipe": {"train": {"num_steps": 10**30}}}},
+    "many epochs": {"hyperparameters": {"n_epochs": 1 << 33}},
+    "a large seed": {"seed": 1 << 62},
+    "a larger seed": {"seed": 10**25},
+    "notes": {"tailor": {"recipe": {"notes": ["\0\ud800"]}}},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_values_are_refused_or_kept_as_they_are(live: Live, case: str) -> None:
+    status, told = raw(
+        live, "POST", "/v1/fine_tuning/jobs", {"model": "tailor-nano", "training_file": live.rows, **ODD[case]}
+    )
+    assert status in (200, 400), told
+    if status == 400:
+        assert told["error"]["message"]
+        return
+    live.jobs.check_waiting()
+    status, job = raw(live, "GET", f"/v1/fine_tuning/jobs/{told['id']}")
+    if job["status"] == "failed":
+        assert re.search(r"would take \d{10,31} steps", job["error"]["message"])
+        return
+    assert (status, job["status"], job["error"]) == (200, "queued", None)
+    assert job["metadata"] == ODD[case].get("metadata")
+    assert raw(live, "POST", f"/v1/fine_tuning/jobs/{told['id']}/cancel")[0] == 200
 
 
 def test_numbers_of_a_job(live: Live) -> None:

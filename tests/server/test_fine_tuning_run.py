@@ -13,15 +13,20 @@ import pytest
 from live_jobs import app_of, client_of, served
 
 from tailor.artifacts import artifact as artifacts
+from tailor.data.dataset import DataSettings, load_dataset
+from tailor.inference.backend import Request
+from tailor.inference.local import LocalBackend
 from tailor.jobs.database import open_database
 from tailor.jobs.outcome import run_of
 from tailor.jobs.queue import Queue
 from tailor.jobs.worker import Worker, WorkerSettings, folder_of
+from tailor.models.base import load_base
 from tailor.recipes.tune_settings import BaseSettings
 from tailor.server.file_store import FileStore
 from tailor.server.files import files_router
 from tailor.server.fine_tuning import fine_tuning_router
 from tailor.server.fine_tuning_jobs import FineTuning
+from tailor.text.messages import user
 
 ROWS = b"".join(
     b'{"messages": [{"role": "user", "content": "Is %d even?"}, {"role": "assistant", "content": "%s"}]}\n'
@@ -117,6 +122,52 @@ def test_an_uploaded_file_becomes_a_model(live: Live) -> None:
     artifacts.remove(artifacts.find(name))
     assert live.jobs.artifact_of(job.fine_tuned_model) is None
     assert [one.id for one in live.jobs.fine_tuned()] == [again.fine_tuned_model]
+
+
+def test_the_last_epochs_of_a_job_are_models_of_their_own(live: Live) -> None:
+    train = {"num_steps": 12, "eval_every": 1, "patience": None, "learning_rate": 0.02}  # an epoch: 11 rows, 4 a step
+    job_id = create(live, train)
+    job = wait(live, job_id, "succeeded")
+    name = live.jobs.artifact_of(job.fine_tuned_model)
+    assert name is not None
+    best = artifacts.find(name).manifest["metrics"]["best_step"]
+    logged = {line["step"]: line for line in run_of(name).metrics()}  # type: ignore[union-attr]
+    steps = sorted({6, 8, 11, best}, reverse=True)  # of 3, 6, 8 and 11 the last three
+    found = list(live.client.fine_tuning.jobs.checkpoints.list(job_id, limit=1))  # page by page
+    assert [checkpoint.step_number for checkpoint in found] == steps
+    page = live.client.fine_tuning.jobs.checkpoints.list(job_id, limit=2)
+    assert (page.has_more, page.first_id, page.last_id) == (len(steps) > 2, found[0].id, found[1].id)
+    assert len({checkpoint.id for checkpoint in found}) == len(steps)
+    for checkpoint in found:
+        step = checkpoint.step_number
+        own = job.fine_tuned_model if step == best else f"{job.fine_tuned_model}:ckpt-step-{step}"
+        assert checkpoint.fine_tuned_model_checkpoint == own
+        told = (checkpoint.metrics.step, checkpoint.metrics.train_loss, checkpoint.metrics.valid_loss)
+        assert told == (step, logged[step]["loss"], logged[step]["validation_loss"])
+    others = [c.fine_tuned_model_checkpoint for c in found[::-1] if c.step_number != best]
+    assert sorted(one.id for one in live.jobs.fine_tuned()) == sorted([job.fine_tuned_model, *others])
+
+    # each is the state that training had there: its loss on the row that was held out is the one that was logged
+    base = load_base("tailor-nano", dtype="float32")
+    recipe = artifacts.find(name).manifest["recipe"]
+    dataset = load_dataset(DataSettings.model_validate(recipe["data"]), recipe["train"]["seed"])
+    turns = [row.messages for row in dataset.validation]  # type: ignore[union-attr]
+    asked = [Request((user(question.content),), "it") for question, _ in turns]
+    for checkpoint in found:
+        own = live.jobs.artifact_of(checkpoint.fine_tuned_model_checkpoint) or ""
+        slot = artifacts.attach(base, artifacts.find(own))
+        scores = LocalBackend(base, {"it": slot}).logprobs(asked, [answer.content for _, answer in turns])
+        loss = -float(sum(score.sum() for score in scores)) / sum(map(len, scores))
+        assert loss == pytest.approx(checkpoint.metrics.valid_loss, abs=1e-4)
+        base.host.detach(slot)
+
+    gone = next(checkpoint for checkpoint in found if checkpoint.step_number != best)
+    artifacts.remove(artifacts.find(live.jobs.artifact_of(gone.fine_tuned_model_checkpoint) or ""))
+    assert live.jobs.artifact_of(gone.fine_tuned_model_checkpoint) is None
+    left = [checkpoint.id for checkpoint in live.client.fine_tuning.jobs.checkpoints.list(job_id)]
+    assert left == [checkpoint.id for checkpoint in found if checkpoint.id != gone.id]
+    for tail in ("1", "", "six"):
+        assert live.jobs.artifact_of(f"{job.fine_tuned_model}:ckpt-step-{tail}") is None
 
 
 @pytest.mark.slow

@@ -421,7 +421,7 @@ def test_text_completions_refuse_what_they_cannot(call: Calls) -> None:
 def test_what_is_ignored_is_said(call: Calls, live: Live) -> None:
     with openai.OpenAI(base_url=live.url, api_key="none") as client:
         raw = client.chat.completions.with_raw_response.create(
-            model=TUNED,
+            model=WITH_SLASH,
             messages=asked("x"),
             service_tier="auto",
             prompt_cache_key="k",
@@ -430,9 +430,21 @@ def test_what_is_ignored_is_said(call: Calls, live: Live) -> None:
             store=True,
         )
     assert raw.headers["x-ignored-params"] == "service_tier, prompt_cache_key, reasoning_effort, store"
-    assert raw.headers["openai-model"] == TUNED
+    assert raw.headers["openai-model"] == WITH_SLASH
     assert raw.headers["openai-version"] == "2020-10-01"
     assert int(raw.headers["openai-processing-ms"]) >= 0
+
+
+def test_an_effort_reaches_models_that_can_think(call: Calls, live: Live) -> None:
+    with openai.OpenAI(base_url=live.url, api_key="none") as client:
+        create = client.chat.completions.with_raw_response.create
+        assert "x-ignored-params" not in create(model=TUNED, messages=asked("x"), reasoning_effort="low").headers
+    assert live.service.requests[-1].effort == "low"
+    chat(call, "x", model=TUNED)
+    assert live.service.requests[-1].effort is None
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(call, "x", model=TUNED, extra_body={"reasoning_effort": "hardest"})
+    assert (error.value.param, error.value.code) == ("reasoning_effort", "invalid_value")
 
 
 def test_every_error_is_its_exception(call: Calls, live: Live, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ def test_the_first_generation_agrees() -> None:
     environment = {**os.environ, "PYTHONPATH": FOLDER, "OPENAI_1": ""}
     version = [sys.executable, "-c", "import openai; print(openai.__version__)"]
     assert subprocess.run(version, env=environment, capture_output=True, text=True, check=True).stdout.startswith("1.")
-    suite = Path(__file__).with_name("test_openai_client.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    suites = [str(Path(__file__).with_name(f"test_{name}_client.py")) for name in ("openai", "workshop")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

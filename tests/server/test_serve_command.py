@@ -49,6 +49,7 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Artifact]:
         ([], [], [], (["tailor-nano"], None)),
         (["base-a", "base-a"], [], [], (["base-a"], None)),
         (["base-a", "base-b"], ["m1"], [], (["base-b"], ["m1"])),
+        (["base-a", "openai:gpt@http://127.0.0.1:1/v1"], [], [], (["base-a"], None)),
         (["base-a", "base-b"], [], ["base-b", "base-b"], (["base-b"], None)),
         (["base-a"], ["base-c"], [], (["base-c"], [])),
         (["base-a"], ["base-c", "m0"], ["base-a"], (["base-a", "base-c"], ["m0"])),
@@ -67,6 +68,12 @@ def test_several_bases_must_be_named(found: list[Artifact], tmp_path: Path) -> N
         chosen([], [])
     with pytest.raises(NotFoundError):
         chosen(["m2"], [])
+
+
+def test_what_answers_elsewhere_is_not_served_here(found: list[Artifact], tmp_path: Path) -> None:
+    found += [artifact(tmp_path / "m0", "openai:gpt@http://127.0.0.1:1/v1")]
+    with pytest.raises(ConfigError, match="m0: made on a hosted model"):
+        chosen(["m0"], [])
 
 
 def test_an_open_address_without_a_key_is_refused(own_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

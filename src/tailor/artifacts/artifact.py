@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import glob
 import importlib.metadata
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from tailor.artifacts.compatibility import check_base, describe_base
@@ -23,86 +22,24 @@ from tailor.artifacts.files import (
     PROMPT,
     TRAINING_STATE,
     damage_told,
-    folder_hash,
     load_tensors,
     merged_weights,
-    read_peft,
     read_state,
     write_model,
     write_state,
     write_techniques,
 )
+from tailor.artifacts.integrity import content_hash, described, intact
+from tailor.artifacts.manifest import MANIFEST as MANIFEST
+from tailor.artifacts.manifest import SCHEMA_VERSION, foreign, read
+from tailor.artifacts.manifest import Artifact as Artifact
 from tailor.artifacts.prompt_table import PROMPT_TABLE, is_table, key_of, named, unnamed, without
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, nearest
 from tailor.models.base import Base
 from tailor.models.slots import Slot
 from tailor.runs import hold, home
 from tailor.store import atomic_folder, write_json
-from tailor.techniques import Technique, TechniqueList
-
-MANIFEST = "tailor.json"
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A customization on disk. `manifest` is `tailor.json`; a plain PEFT folder gets one made up on reading.
-
-    `task`: this is one task of a prompt table, and what `tailor.json` says of it.
-    """
-
-    name: str
-    folder: Path
-    manifest: Mapping[str, Any]
-    task: str | None = None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks of a prompt table; none for other artifacts, and for one task of a table."""
-        return tuple(self.manifest.get("tasks", ()))
-
-    def of_task(self, task: str | None) -> Artifact:
-        """One task of a prompt table as an artifact of its own; None is the only one, or what is no table.
-
-        Raises NotFoundError for a task that is not there, and ConfigError when one of several must be named.
-        """
-        if task is None and len(self.tasks) > 1:
-            raise ConfigError(
-                f"{self.name} holds {len(self.tasks)} tasks", hint=f"name one with --task: {', '.join(self.tasks)}"
-            )
-        if not self.tasks:
-            if task not in (None, self.task):
-                raise NotFoundError(f"{self.name} has no task {task!r}: it is no prompt table of several tasks")
-            return self
-        task = self.tasks[0] if task is None else task
-        if task not in self.tasks:
-            raise NotFoundError(f"{self.name} has no task {task!r}", hint=nearest(task, self.tasks))
-        shared = {key: value for key, value in self.manifest.items() if key != "tasks"}
-        return replace(self, manifest={**shared, **self.manifest["tasks"][task]}, task=task)
-
-    @property
-    def techniques(self) -> tuple[Technique, ...]:
-        """The techniques, with the settings they were trained with; none of a model that was tuned elsewhere."""
-        found = self.manifest["techniques"]
-        return TypeAdapter(TechniqueList).validate_python(found) if found else ()
-
-    @property
-    def kind(self) -> str:
-        """The techniques' names joined by +, each once in a prompt table; "hosted" for a model tuned elsewhere."""
-        if kind := self.manifest.get("kind"):
-            return str(kind)
-        kinds = [technique["type"] for technique in self.manifest["techniques"]]
-        return "+".join(dict.fromkeys(kinds) if self.tasks else kinds)
-
-    @property
-    def is_base(self) -> bool:
-        """Whether the folder is a model of its own (full, merged) rather than something to attach to one."""
-        return (self.folder / "config.json").is_file()
-
-    @property
-    def base_name(self) -> str:
-        """What to load: the base it was made on, or the folder itself when it is one."""
-        return str(self.folder) if self.is_base else str(self.manifest["base"]["name"])
+from tailor.techniques import Technique
 
 
 def check_name(name: str) -> str:
@@ -113,6 +50,23 @@ def check_name(name: str) -> str:
             hint="use letters, digits, '.', '_' and '-', starting with a letter or digit",
         )
     return name
+
+
+def checkpoint_name(name: str, step: int) -> str:
+    """What the state after a step of the run that made an artifact is called."""
+    return f"{name}-step-{step}"
+
+
+def checkpoints(name: str) -> dict[int, Artifact]:
+    """The checkpoints of an artifact that are there, by their step, in order. Damaged ones are left out."""
+    found = {}
+    for path in (home() / "artifacts").glob(f"{glob.escape(name)}-step-*/{MANIFEST}"):
+        with contextlib.suppress(DataError, FileNotFoundError):
+            artifact = read(path.parent)
+            told = artifact.manifest.get("checkpoint")
+            if told and told["of"] == name and artifact.name == checkpoint_name(name, told["step"]):
+                found[int(told["step"])] = artifact
+    return dict(sorted(found.items()))
 
 
 def check_free(name: str, force: bool, task: str | None = None) -> Path:
@@ -154,7 +108,7 @@ def made_by(name: str, run: str) -> bool:
     path = home() / "artifacts" / name / MANIFEST
     if not path.is_file():
         return False
-    manifest = _read(path.parent).manifest
+    manifest = read(path.parent).manifest
     return any(facts.get("run") == run for facts in (manifest, *manifest.get("tasks", {}).values()))
 
 
@@ -263,10 +217,12 @@ def save_hosted(name: str, base: str, facts: Mapping[str, Any], *, force: bool =
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write `tailor.json` of a folder whose other files are complete; returns it."""
+    files = described(folder)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "created": _now(),
-        "content_hash": folder_hash(folder),
+        "content_hash": content_hash(files),
+        "files": files,
         "versions": {p: importlib.metadata.version(p) for p in ("tailor-llm", "torch", "transformers")},
         **facts,
     }
@@ -281,7 +237,7 @@ def update_manifest(artifact: Artifact, **facts: Any) -> Artifact:
     """
     if artifact.task is not None:
         with _table(artifact.folder):
-            table = _read(artifact.folder)
+            table = read(artifact.folder)
             tasks = {**table.manifest["tasks"], artifact.task: {**table.manifest["tasks"][artifact.task], **facts}}
             return update_manifest(table, tasks=tasks).of_task(artifact.task)
     manifest = {**artifact.manifest, **facts}
@@ -293,9 +249,9 @@ def find(name_or_path: str | Path) -> Artifact:
     """An artifact by name or folder; a PEFT folder without `tailor.json` will do. Raises NotFoundError, DataError."""
     for folder in (home() / "artifacts" / str(name_or_path), Path(name_or_path).expanduser()):
         if (folder / MANIFEST).is_file():
-            return _read(folder)
+            return read(folder)
         if (folder / ADAPTER_CONFIG).is_file():
-            return _foreign(folder)
+            return foreign(folder)
     names = [artifact.name for artifact in survey()[0]]
     raise NotFoundError(
         f"there is no artifact {str(name_or_path)!r} in {home() / 'artifacts'}",
@@ -317,33 +273,12 @@ def survey() -> tuple[list[Artifact], dict[str, DataError]]:
     damaged: dict[str, DataError] = {}
     for path in sorted((home() / "artifacts").glob(f"[!.]*/{MANIFEST}")):
         try:
-            found.append(_read(path.parent))
+            found.append(read(path.parent))
         except FileNotFoundError:  # removed since it was listed
             continue
         except DataError as error:
             damaged[path.parent.name] = error
     return found, damaged
-
-
-def _read(folder: Path) -> Artifact:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        artifact = Artifact(str(manifest["name"]), folder, manifest)
-        if not isinstance(manifest["base"], dict) or not isinstance(artifact.kind, str):
-            raise TypeError("'base' is no object")
-        if created := manifest.get("created"):
-            datetime.datetime.fromisoformat(created)
-        return artifact
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / MANIFEST}: not an artifact's manifest: {error}") from None
-
-
-def _foreign(folder: Path) -> Artifact:
-    technique, _ = read_peft(folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    base = {"name": config.get("base_model_name_or_path") or "", "fingerprint": ""}
-    manifest = {"name": folder.name, "techniques": [technique.model_dump(mode="json")], "base": base}
-    return Artifact(folder.name, folder, manifest)
 
 
 def attach(base: Base, artifact: Artifact, state: Mapping[str, Tensor] | None = None) -> Slot:
@@ -352,7 +287,8 @@ def attach(base: Base, artifact: Artifact, state: Mapping[str, Tensor] | None = 
     Quantised weights are others than those they were made from. `state`: what `read_state` gave, if it was read before.
     """
     check_base(base, artifact)
-    with damage_told(artifact.name):
+    with damage_told(artifact.name, artifact.folder):
+        artifact = intact(artifact) if state is None else artifact
         techniques = artifact.techniques
         state = read_state(artifact.folder, techniques) if state is None else state
     slot = base.host.attach(techniques, baked=True)
@@ -367,8 +303,9 @@ def attach(base: Base, artifact: Artifact, state: Mapping[str, Tensor] | None = 
 def start_from(slot: Slot, artifact: Artifact) -> None:
     """Let a slot that is about to train begin where the artifact's training ended.
 
-    Raises ConfigError when its techniques have other parameters.
+    Raises ConfigError when its techniques have other parameters, DamageError when its files have changed.
     """
+    artifact = intact(artifact)
     kept = artifact.folder / TRAINING_STATE
     state = load_tensors(kept) if kept.is_file() else {}
     if artifact.task is not None:

@@ -8,7 +8,7 @@ from tailor.errors import ConflictError
 from tailor.models.base import Base, dtype_name
 
 if TYPE_CHECKING:
-    from tailor.artifacts.artifact import Artifact
+    from tailor.artifacts.manifest import Artifact
 
 
 def check_base(base: Base, artifact: Artifact) -> None:

@@ -7,7 +7,6 @@ One technique stands in the artifact's own folder, and so do the tasks of a prom
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 from tailor.artifacts.prompt_table import PROMPT_TABLE, in_table, is_table, key_of, read_tokens
-from tailor.errors import ConfigError, DataError, NotFoundError, TailorError
+from tailor.errors import ConfigError, DamageError, DataError, NotFoundError, TailorError
 from tailor.models.base import Base
 from tailor.models.linear import merged
 from tailor.models.nf4 import nf4_layers
 from tailor.models.slots import Slot
-from tailor.store import write_json
+from tailor.store import write_json, writing
 from tailor.techniques import TECHNIQUES, Technique
 from tailor.techniques.technique import PeftFiles
 
@@ -71,7 +70,8 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Named tensors as safetensors."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    with writing(path):
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -110,14 +110,14 @@ def read_peft(folder: Path) -> tuple[Technique, dict[str, Tensor]]:
 
 
 @contextmanager
-def damage_told(name: str) -> Iterator[None]:
-    """Raise DataError with the name of the artifact for whatever goes wrong in reading its files."""
+def damage_told(name: str, folder: Path) -> Iterator[None]:
+    """Raise DamageError with the artifact's name and folder for whatever goes wrong in reading its files."""
     try:
         yield
     except TailorError:
         raise
     except Exception as error:
-        raise DataError(f"the files of artifact {name!r} are damaged: {error}") from error
+        raise DamageError(f"the files of artifact {name!r} in {folder} are damaged: {error}") from error
 
 
 def read_state(folder: Path, techniques: Sequence[Technique]) -> dict[str, Tensor]:
@@ -154,7 +154,8 @@ def write_model(folder: Path, base: Base, changes: Mapping[str, Tensor]) -> None
     stock.tie_weights()
     if stock.generation_config is not None and base.model.generation_config is not None:
         stock.generation_config = base.model.generation_config
-    stock.save_pretrained(folder)
+    with writing(folder):
+        stock.save_pretrained(folder)
     base.tokenizer.hf.save_pretrained(folder)
     if base.folder != Path():
         copy_tokenizer(base.folder, folder)
@@ -179,14 +180,3 @@ def merged_weights(base: Base, slot: Slot) -> dict[str, Tensor]:
         if bias is not None and wrapper.bias is not None:
             changed[f"{name}.bias"] = bias.to(wrapper.bias.dtype)
     return changed
-
-
-def folder_hash(folder: Path) -> str:
-    """A hash over the names and bytes of the files that decide what the artifact answers."""
-    digest = hashlib.sha256()
-    beside = ("tailor.json", TRAINING_STATE)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in beside):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]

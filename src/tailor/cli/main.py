@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tailor import __version__
-from tailor.errors import TailorError, nearest
+from tailor.errors import ResourceError, TailorError, nearest
 
 COMMANDS = {
     "demo": "Compare every technique on sample support tickets, with the embedded base, in minutes.",
@@ -125,6 +125,14 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        from tailor.store import NO_ROOM
+
+        if error.errno not in NO_ROOM:
+            raise
+        told = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        _report(told, "make room; what was interrupted goes on from what it had saved", "storage_full", arguments)
+        return ResourceError.exit_code
 
 
 def _usage_hint(error: Any) -> str | None:

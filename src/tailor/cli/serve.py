@@ -57,11 +57,22 @@ MaxWaiting = Annotated[
     int, typer.Option("--max-waiting", min=0, help="Requests that may wait; more are told to come back.")
 ]
 MaxKvGb = Annotated[float | None, typer.Option("--max-kv-gb", min=0, help="Memory for keys and values of each base.")]
+Int8 = Annotated[
+    bool,
+    typer.Option(
+        "--int8", help="Decode with weights in 8 bits on a CPU: quicker for few requests, a little less exact."
+    ),
+]
 MaxModelsGb = Annotated[
     float | None, typer.Option("--max-models-gb", min=0, help="Memory for full fine-tunes and merged models.")
 ]
 Database = Annotated[
-    str | None, typer.Option("--database", help="URL of the database of files and jobs; SQLite in TAILOR_HOME if not.")
+    str | None,
+    typer.Option(
+        "--database",
+        envvar="TAILOR_DATABASE",
+        help="URL of the database of files and jobs, for several servers (PostgreSQL); SQLite in TAILOR_HOME if not.",
+    ),
 ]
 AdapterFolders = Annotated[
     list[Path] | None,
@@ -70,8 +81,25 @@ AdapterFolders = Annotated[
 Jobs = Annotated[
     int, typer.Option("--jobs", min=0, help="Fine-tuning jobs that run at once; 0: they wait for another worker.")
 ]
+JobLease = Annotated[
+    float,
+    typer.Option(
+        "--job-lease",
+        min=5,
+        help="Seconds of silence after which a server elsewhere has lost its jobs to the others. The same for all.",
+    ),
+]
 JobThreads = Annotated[
     int | None, typer.Option("--job-threads", min=1, help="Threads of a job; half of the cores when not given.")
+]
+JobNiceness = Annotated[
+    int,
+    typer.Option(
+        "--job-niceness",
+        min=0,
+        max=20,
+        help="How far jobs give way to answers. 0: not at all; 20: they only get the time that nothing else wants.",
+    ),
 ]
 Record = Annotated[bool, typer.Option("--record", help="Keep chats that are sent with `store: true`.")]
 RecordAll = Annotated[bool, typer.Option("--record-all", help="Keep all chats.")]
@@ -102,8 +130,11 @@ def serve(
     max_waiting: MaxWaiting = 512,
     max_kv_gb: MaxKvGb = None,
     max_models_gb: MaxModelsGb = None,
+    int8: Int8 = False,
     jobs: Jobs = 1,
     job_threads: JobThreads = None,
+    job_niceness: JobNiceness = 19,
+    job_lease: JobLease = 120.0,
     record: Record = False,
     record_all: RecordAll = False,
     redact: Redact = None,
@@ -126,12 +157,15 @@ def serve(
     bases, names = chosen(models or [], base or [])
 
     blocks = {name: {"name": name, "device": device, "dtype": dtype, "quantize": quantize} for name in bases}
-    workshop = open_workshop(blocks, settings, jobs, job_threads)
+    worker = {"concurrency": jobs, "num_threads": job_threads, "niceness": job_niceness, "lease_seconds": job_lease}
+    workshop = open_workshop(blocks, settings, worker)
 
     def service() -> Service:
         from tailor.inference.engine import EngineSettings
 
-        engine = EngineSettings(max_sequences=max_sequences, max_waiting=max_waiting, max_kv_bytes=_bytes(max_kv_gb))
+        engine = EngineSettings(
+            max_sequences=max_sequences, max_waiting=max_waiting, max_kv_bytes=_bytes(max_kv_gb), int8=int8
+        )
         loaded = [_loaded(name, device, dtype, quantize) for name in bases]
         return open_service(loaded, names, engine, _bytes(max_models_gb), workshop, device, dtype, quantize)
 
@@ -165,7 +199,7 @@ def open_service(
     dtype: str,
     quantize: str | None,
 ) -> Service:
-    """A service of these bases, which knows the models that the workshop's jobs have made.
+    """A service of these bases, for this thread to `work`, which knows the models that the workshop's jobs have made.
 
     Models of their own are loaded with `device`, `dtype` and `quantize` too.
     """
@@ -183,19 +217,19 @@ def open_service(
         alias=workshop.jobs.artifact_of,
         aliases=workshop.aliases,
     )
-    return Service(library)
+    return Service(library, own_thread=False)
 
 
 def open_workshop(
-    blocks: Mapping[str, Mapping[str, str | None]], settings: ServerSettings, jobs: int, job_threads: int | None
+    blocks: Mapping[str, Mapping[str, str | None]], settings: ServerSettings, worker: Mapping[str, float | None]
 ) -> Workshop:
-    """What tunes models beside the server, for the bases that these recipe blocks name."""
+    """What tunes models beside the server, for the bases that these recipe blocks name; `worker`: its settings."""
     from tailor.jobs.worker import WorkerSettings
     from tailor.recipes.tune_settings import BaseSettings
     from tailor.server.workshop import Workshop
 
     bases = {name: BaseSettings.model_validate(block).absolute() for name, block in blocks.items()}
-    return Workshop(bases, settings, WorkerSettings(concurrency=jobs, num_threads=job_threads))
+    return Workshop(bases, settings, WorkerSettings.model_validate(worker))
 
 
 def run_server(
@@ -203,7 +237,7 @@ def run_server(
 ) -> None:
     """Take the port, load, and serve until a signal. Raises ConflictError for a port in use."""
     from tailor.server.app import create_app
-    from tailor.server.running import Server, listen
+    from tailor.server.running import Server, listen, run_beside
 
     socket = listen(settings)
     service = load()
@@ -212,7 +246,7 @@ def run_server(
     app = create_app(service, settings, routers=routers, lifespans=lifespans, record=record)
     server = Server(app, settings, lambda port: _announce(service, settings, port, as_json))
     try:
-        server.run(sockets=[socket])
+        run_beside(server, [socket], service.work, service.stop)
     except KeyboardInterrupt:  # the ordinary way to stop
         say("stopped")
 
@@ -233,13 +267,19 @@ def chosen(models: Sequence[str], bases: Sequence[str]) -> tuple[list[str], list
     from tailor.artifacts.artifact import survey
     from tailor.errors import ConfigError
     from tailor.inference.load import find_or_none
+    from tailor.models.files import is_hosted
 
     found = {name: find_or_none(name) for name in models}
     wanted = [*bases, *(name for name, artifact in found.items() if artifact is None)]
     names = [artifact.name for artifact in found.values() if artifact is not None]
     artifacts = [artifact for artifact in found.values() if artifact is not None] if models else survey()[0]
+    if elsewhere := [artifact.name for artifact in artifacts if models and is_hosted(artifact.base_name)]:
+        raise ConfigError(
+            f"{', '.join(elsewhere)}: made on a hosted model, which answers elsewhere", hint="serve local ones here"
+        )
     if not wanted:
-        used = dict.fromkeys(artifact.base_name for artifact in artifacts if not artifact.is_base)
+        local = [artifact for artifact in artifacts if not artifact.is_base and not is_hosted(artifact.base_name)]
+        used = dict.fromkeys(artifact.base_name for artifact in local)
         if len(used) > 1:
             raise ConfigError(
                 f"the artifacts were made on {len(used)} bases: {', '.join(used)}",

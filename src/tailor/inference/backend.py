@@ -45,7 +45,8 @@ class Request:
 
     `artifact` names an attached customization; None is the plain base. `tools` are JSON schemas for the base's chat
     template. `task` names one of a prompt table's; without it, it is the one that the last user turn's fields name, or
-    the only one. `echo` asks for the logprobs of the prompt's own tokens too.
+    the only one. `echo` asks for the logprobs of the prompt's own tokens too. `effort` (none, low, high, …) is how long
+    a base of this machine is to think first, where its chat template has a switch for that.
     """
 
     messages: tuple[Message, ...]
@@ -55,6 +56,7 @@ class Request:
     task: str | None = None
     prompt: str | tuple[int, ...] | None = None
     echo: bool = False
+    effort: str | None = None
 
 
 class TokenLogprob(NamedTuple):

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from tailor.config import Strict
 from tailor.data.packing import Segment
-from tailor.errors import DataError, OverloadedError, QualityError, ResourceError, TailorError
-from tailor.inference.backend import TokenLogprob
+from tailor.errors import ConfigError, DataError, OverloadedError, QualityError, ResourceError, TailorError
+from tailor.inference.backend import SamplingParams, TokenLogprob
 from tailor.inference.prefix_cache import PrefixCache
 from tailor.inference.sampling import choose, describe, is_plain
 from tailor.inference.scheduler import Running, Scheduler
 from tailor.models.base import Base
 from tailor.models.kv_cache import KVPool
 from tailor.models.plan import Plan
-from tailor.models.slots import Slot
+from tailor.models.slots import BASE_SLOT, Slot
 from tailor.text.tokenizer import VIRTUAL
 
 ECHO_NUMBERS = 1 << 24
@@ -40,6 +40,7 @@ class EngineSettings(Strict):
     max_kv_bytes: int | None = Field(None, ge=0, description="memory for keys and values; none: what is asked for")
     max_prefix_bytes: int = Field(2**28, ge=0, description="memory for beginnings that prompts share; 0 keeps none")
     max_waiting: int | None = Field(None, ge=0, description="sequences that may wait before others are refused")
+    int8: bool = Field(False, description="decode with weights in 8 bits, on a CPU: quicker, and a little less exact")
 
 
 class Engine:
@@ -67,6 +68,16 @@ class Engine:
         self.max_waiting = settings.max_waiting
         self.num_prefilled = 0
         self.num_generated = 0
+        base.stepper.use_int8(settings.int8)
+        if settings.int8:
+            self._try_int8()
+
+    def _try_int8(self) -> None:
+        """Take a step with weights in 8 bits. Raises ConfigError when this base's decoder has none."""
+        probe = Running([0, 0], BASE_SLOT, SamplingParams(max_new_tokens=2, ignore_stop=True))
+        self.run([probe])
+        if self.base.stepper.step is None:
+            raise ConfigError(f"int8: decoding in 8 bits is not there for {self.base.name}: {self.base.stepper.reason}")
 
     @property
     def max_sequences(self) -> int:
@@ -136,7 +147,7 @@ class Engine:
         moved, rows, row = [], [], 0
         for sequence, num in chosen:
             count = self._num_logits(sequence, num)
-            whole = num == len(sequence.pending)
+            whole = num == sequence.num_pending
             if sequence.echoes:
                 self._echo(sequence, logits[row : row + count], num)
             if whole:
@@ -166,7 +177,7 @@ class Engine:
 
     def _num_logits(self, sequence: Running, num: int) -> int:
         """Rows of logits that `num` pending tokens of a sequence need."""
-        return num if sequence.echoes else int(num == len(sequence.pending))
+        return num if sequence.echoes else int(num == sequence.num_pending)
 
     def _forward(self, chosen: Sequence[tuple[Running, int]]) -> Tensor:
         """(n, V) logits that the sequences need after so many of their pending tokens each."""
@@ -199,7 +210,7 @@ class Engine:
 
     def _take(self, sequences: Sequence[Running], logits: Tensor) -> None:
         """One more token for each of the sequences, from its row of (n, V) logits."""
-        best = logits.argmax(dim=1).tolist()
+        best = logits.max(dim=1).indices.tolist()  # several times as quick as argmax
         totals = logits.logsumexp(dim=1)
         tokens = [
             best[row] if is_plain(s.sampling) else self._choose(s, logits[row]) for row, s in enumerate(sequences)

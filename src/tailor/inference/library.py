@@ -17,10 +17,15 @@ from torch import Tensor
 
 from tailor.artifacts.artifact import Artifact, attach, find, survey
 from tailor.artifacts.files import damage_told, read_state
+from tailor.artifacts.integrity import intact
 from tailor.errors import ConflictError, NotFoundError, OverloadedError, ResourceError, nearest
 from tailor.inference.engine import Engine, EngineSettings
+from tailor.inference.freshness import Freshness
 from tailor.inference.local import LocalBackend
 from tailor.models.base import Base, load_base
+
+Loading = tuple[LocalBackend, str | None]
+"""What answers for a name, and the artifact's name on it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Library:
         self._max_base_bytes = max_base_bytes
         self._device, self._dtype, self._quantize = device, dtype, quantize
         self._lock = threading.RLock()
+        self._fresh = Freshness()
         self._alias = alias
         self._aliases = aliases
         self.started = int(time.time())
@@ -101,7 +107,13 @@ class Library:
             return [loaded.backend.engine for loaded in self.loaded.values()]
 
     def cards(self) -> list[ModelCard]:
-        """Everything that can be asked for, bases first."""
+        """Everything that can be asked for, each once, bases first. What has a further name is listed by that."""
+        own, others = self._named()
+        told = {card.artifact for card in others}
+        return [*(card for card in own if card.artifact is None or card.artifact not in told), *others]
+
+    def _named(self) -> tuple[list[ModelCard], list[ModelCard]]:
+        """Cards by the models' own names, and by further names."""
         with self._lock:
             bases = [
                 ModelCard(name, None, None, "base", "loaded", self.started, str(loaded.base.folder))
@@ -110,20 +122,23 @@ class Library:
             ]
         made = {artifact.name: self._card(artifact) for artifact in self._artifacts()}
         others = [replace(made[name], id=other) for other, name in self._aliases().items() if name in made]
-        return [*bases, *made.values(), *others]
+        return [*bases, *made.values()], others
 
     def card(self, name: str) -> ModelCard:
-        """What is known of a name. Raises NotFoundError, and DataError where `tailor.json` is damaged."""
-        cards = {card.id: card for card in self.cards()}
+        """What is known of a name. Raises NotFoundError, and DamageError where `tailor.json` is damaged."""
+        cards = {card.id: card for cards in self._named() for card in cards}
         if name not in cards:
-            if (damage := survey()[1].get(name)) is not None and (self._names is None or name in self._names):
+            own = self._alias(name) or name
+            if (damage := survey()[1].get(own)) is not None and (self._names is None or own in self._names):
                 raise damage
             raise NotFoundError(f"there is no model {name!r}", hint=nearest(name, cards))
         return cards[name]
 
-    def ready(self, name: str) -> tuple[LocalBackend, str | None] | None:
-        """The backend and the artifact's name on it, when all is in memory already."""
+    def ready(self, name: str) -> Loading | None:
+        """The backend and the artifact's name on it, when all is in memory already and was not deleted or replaced."""
         meant = name if self._is_in_memory(name) else self._alias(name) or name  # a query: not under the lock
+        if not self._fresh.is_current(meant):
+            return None
         with self._lock:
             if meant in self.loaded:
                 return self._used(self.loaded[meant]), None
@@ -132,24 +147,31 @@ class Library:
                     return self._used(loaded), meant
         return None
 
-    def fetch(self, name: str) -> Callable[[], tuple[LocalBackend, str | None]]:
+    def outdated(self) -> list[str]:
+        """What is in memory and was deleted or replaced on disk, by whomever: it is to be dropped."""
+        return self._fresh.outdated()
+
+    def fetch(self, name: str) -> Callable[[], Loading]:
         """Read what is needed for a name, beside running passes; what it returns must be called between passes.
 
-        Raises NotFoundError for an unknown name, and whatever a damaged artifact raises.
+        Raises NotFoundError for an unknown name, and DamageError for an artifact whose files are not those that were
+        written (see `intact`).
         """
         card = self.card(name)
         if card.artifact is None:
             return lambda: (self._used(self.loaded[card.id]), None)
         own = card.artifact
         artifact = find(self._extra[own].folder if own in self._extra else own)
+        with damage_told(artifact.name, artifact.folder):
+            artifact = intact(artifact)
         if artifact.is_base:
             dtype = self._dtype if self._dtype != "auto" else str(artifact.manifest["base"].get("dtype", "auto"))
-            with damage_told(artifact.name):
+            with damage_told(artifact.name, artifact.folder):
                 base = load_base(artifact.folder, self._device, dtype, self._quantize)
-            return lambda: self._install(own, base)
-        with damage_told(artifact.name):
+            return lambda: self._noted(own, artifact, self._install(own, base))
+        with damage_told(artifact.name, artifact.folder):
             state = read_state(artifact.folder, artifact.techniques)
-        return lambda: self._attach(artifact, own, state)
+        return lambda: self._noted(own, artifact, self._attach(artifact, own, state))
 
     def add(self, name: str, folder: Path) -> None:
         """Serve an artifact that lies in a folder of its own.
@@ -158,7 +180,7 @@ class Library:
         """
         found, damaged = survey()
         kept = {artifact.name for artifact in found} | {artifact.folder.name for artifact in found} | set(damaged)
-        if name in kept or any(card.id == name for card in self.cards()):
+        if name in kept or any(card.id == name for cards in self._named() for card in cards):
             raise ConflictError(f"there is a model {name!r} already")
         artifact = find(folder)
         if artifact.is_base:
@@ -168,7 +190,9 @@ class Library:
     def check_own(self, name: str) -> None:
         """Raise ConflictError for an artifact that was added from a folder: its files are not the library's."""
         if name in self._extra:
-            raise ConflictError(f"{name} was loaded from a folder of its own: unload it, its files stay")
+            raise ConflictError(
+                f"{name} was loaded from a folder of its own: unload it, its files are not the server's"
+            )
 
     def drop(self, name: str) -> None:
         """Detach an artifact, or unload a further base; between passes. What is on disk stays."""
@@ -181,6 +205,13 @@ class Library:
                 if slot is not None:
                     other.base.host.detach(slot)
         self._extra.pop(name, None)
+        self._fresh.forget(name)
+
+    def _noted(self, name: str, artifact: Artifact, loaded: Loading) -> Loading:
+        """Watch what was loaded from TAILOR_HOME."""
+        if name not in self._extra:
+            self._fresh.note(name, artifact)
+        return loaded
 
     def _is_in_memory(self, name: str) -> bool:
         with self._lock:
@@ -203,7 +234,7 @@ class Library:
         base = str(artifact.manifest.get("base", {}).get("name", ""))
         return ModelCard(artifact.name, artifact.name, base, artifact.kind, status, stamp, str(artifact.folder))
 
-    def _attach(self, artifact: Artifact, name: str, state: Mapping[str, Tensor]) -> tuple[LocalBackend, str | None]:
+    def _attach(self, artifact: Artifact, name: str, state: Mapping[str, Tensor]) -> Loading:
         """Attach an artifact, whose weights have been read, to the base it was made on, which is in memory."""
         fingerprint = artifact.manifest["base"].get("fingerprint")
         bases = self._fingerprints()
@@ -214,7 +245,7 @@ class Library:
                 loaded.backend.slots[name] = slot
         return self._used(loaded), name
 
-    def _install(self, name: str, base: Base, *, pinned: bool = False) -> tuple[LocalBackend, str | None]:
+    def _install(self, name: str, base: Base, *, pinned: bool = False) -> Loading:
         """Serve a base that has been loaded; the others that were used longest ago make room for it."""
         backend = LocalBackend(base, settings=self._settings)
         loaded = Loaded(name, backend, pinned=pinned)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor.artifacts.artifact import Artifact, attach, find
+from tailor.artifacts.integrity import intact
 from tailor.data.rows import RowError, describe
 from tailor.data.turns import messages
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError
@@ -29,19 +30,15 @@ Turn = Message | Mapping[str, Any]
 Prompt = str | Turn | Sequence[Turn]
 
 
-@dataclass(frozen=True)
-class Customized:
-    """A base with one artifact attached (or none: the base itself), ready to answer."""
+class Answering:
+    """What is asked by prompts, wherever it runs: `backend` answers for the `name`, None being the plain model."""
 
-    base: Base
-    backend: LocalBackend
-    artifact: Artifact | None = None
-    slot: Slot | None = None
+    backend: Backend
 
     @property
     def name(self) -> str | None:
-        """What requests call it: None for a base or a model of its own."""
-        return self.artifact.name if self.artifact is not None and self.slot is not None else None
+        """What requests call it."""
+        raise NotImplementedError
 
     def generate(self, prompt: Prompt, *, tools: Tools = (), task: str | None = None, **sampling: Any) -> str:
         """The answer's text; `sampling` are SamplingParams (max_new_tokens, temperature, seed, …).
@@ -59,16 +56,38 @@ class Customized:
         task: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """One completion per prompt, generated together.
+        """One completion per prompt: generated together, or by a hosted model several at once.
 
         `tools` holds each prompt's tool schemas. Prompt k draws with `seed` + k, so that one prompt given several
         times gets several answers.
         """
-        return ask(self.backend, self.name, prompts, tools, task, sampling)
+        params = SamplingParams(**sampling)
+        offered = [()] * len(prompts) if tools is None else tools
+        seeded = [params.model_copy(update={"seed": params.seed + k}) for k in range(len(prompts))]
+        requests = [
+            Request(as_messages(prompt), self.name, drawn, tuple(schemas), task)
+            for prompt, drawn, schemas in zip(prompts, seeded, offered, strict=True)
+        ]
+        return self.backend.generate(requests)
 
 
 @dataclass(frozen=True)
-class HostedCustomized:
+class Customized(Answering):
+    """A base with one artifact attached (or none: the base itself), ready to answer."""
+
+    base: Base
+    backend: LocalBackend
+    artifact: Artifact | None = None
+    slot: Slot | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What requests call it: None for a base or a model of its own."""
+        return self.artifact.name if self.artifact is not None and self.slot is not None else None
+
+
+@dataclass(frozen=True)
+class HostedCustomized(Answering):
     """A hosted model, plain or with an artifact: a prompt around it, or a model that was tuned at the same place."""
 
     backend: HostedBackend
@@ -79,42 +98,9 @@ class HostedCustomized:
         """What requests call it: None for the plain model."""
         return self.artifact.name if self.artifact is not None else None
 
-    def generate(self, prompt: Prompt, *, tools: Tools = (), task: str | None = None, **sampling: Any) -> str:
-        """The answer's text, as `Customized.generate`."""
-        return self.complete([prompt], tools=[tools], task=task, **sampling)[0].text
-
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        tools: Sequence[Tools] | None = None,
-        task: str | None = None,
-        **sampling: Any,
-    ) -> list[Completion]:
-        """One completion per prompt, as `Customized.complete`; several are under way at once."""
-        return ask(self.backend, self.name, prompts, tools, task, sampling)
-
     def stream(self, prompt: Prompt, *, tools: Tools = (), **sampling: Any) -> Iterator[str]:
         """The answer's text in pieces, as they come."""
         return self.backend.stream(Request(as_messages(prompt), self.name, SamplingParams(**sampling), tuple(tools)))
-
-
-def ask(
-    backend: Backend,
-    name: str | None,
-    prompts: Sequence[Prompt],
-    tools: Sequence[Tools] | None,
-    task: str | None,
-    sampling: Mapping[str, Any],
-) -> list[Completion]:
-    """One completion per prompt; prompt k draws with `seed` + k."""
-    params = SamplingParams(**sampling)
-    offered = [()] * len(prompts) if tools is None else tools
-    requests = [
-        Request(as_messages(prompt), name, params.model_copy(update={"seed": params.seed + k}), tuple(schemas), task)
-        for k, (prompt, schemas) in enumerate(zip(prompts, offered, strict=True))
-    ]
-    return backend.generate(requests)
 
 
 def load(
@@ -169,7 +155,8 @@ def load_local(
 
     `base` overrides where the artifact's base is found, or passes one that is loaded already. An artifact's base is
     quantised when it was in training, a model of its own and a base by name when `quantize` says so. Raises
-    NotFoundError, and ConflictError when the base's weights are not those the artifact was made on.
+    NotFoundError, DamageError when the artifact's files have changed since they were written, and ConflictError when
+    the base's weights are not those the artifact was made on.
     """
     artifact = find_or_none(name, task)
     if artifact is not None and base is None and is_hosted(artifact.base_name):
@@ -183,6 +170,7 @@ def load_local(
                 f"artifact {artifact.name!r} is a model of its own ({artifact.kind}): no other base goes under it",
                 hint="load it without a base",
             )
+        artifact = intact(artifact)
         loaded = load_base(artifact.folder, device, dtype if dtype != "auto" else _trained_dtype(artifact), quantize)
         return Customized(loaded, LocalBackend(loaded), artifact)
     if artifact.kind == "hosted":

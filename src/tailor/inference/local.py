@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tailor.models.base import Base
 from tailor.models.slots import BASE_SLOT, Slot
 from tailor.models.text_vectors import prompt_vectors
 from tailor.text.messages import Message, user
+from tailor.text.render import ChatRenderer
 from tailor.text.tokenizer import VIRTUAL
 
 
@@ -55,6 +57,16 @@ class LocalBackend:
         """How prompts become tokens for this customization, or for one of its tasks."""
         return self.base.rendering(self.slot(artifact), task=task)
 
+    def takes_effort(self, artifact: str | None) -> bool:
+        """Whether the chat template has a switch for thinking first."""
+        return _at_effort(self.rendering(artifact), "low") is not None
+
+    def _asked(self, request: Request) -> Rendering:
+        """How this request's prompt becomes tokens. Without a switch its effort changes nothing."""
+        rendering = self.rendering(request.artifact, request.task)
+        switched = None if request.effort is None else _at_effort(rendering, request.effort)
+        return rendering if switched is None else switched
+
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """One completion per request, in order; `progress` is told how many are complete.
 
@@ -78,7 +90,7 @@ class LocalBackend:
     def running(self, request: Request, text: TextStream | None = None) -> Running:
         """The sequence that answers a request; `text`, if given, is told its tokens and ends it at its stop texts."""
         slot = self.slot(request.artifact)
-        rendering = self.rendering(request.artifact, request.task)
+        rendering = self._asked(request)
         sampling = request.sampling
         if request.prompt is not None:
             prompt_ids = rendering.continued(request.prompt)
@@ -95,11 +107,11 @@ class LocalBackend:
 
     def text_stream(self, request: Request) -> TextStream:
         """What makes text of the tokens that answer a request."""
-        return TextStream(self.rendering(request.artifact, request.task).renderer, request.sampling.stop)
+        return TextStream(self._asked(request).renderer, request.sampling.stop)
 
     def completion(self, request: Request, sequence: Running) -> Completion:
         """The answer of a sequence that has ended."""
-        renderer = self.rendering(request.artifact, request.task).renderer
+        renderer = self._asked(request).renderer
         text = answer_text(renderer, sequence.token_ids, request.sampling.stop)
         slot = self.slot(request.artifact)
         pattern = slot.answer_pattern if slot else None
@@ -128,9 +140,9 @@ class LocalBackend:
         placed = []
         for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             slot = self.slot(request.artifact)
-            rendering = self.rendering(request.artifact, request.task)
+            rendering = self._asked(request)
             rendered = rendering.answered(request.messages, Message("assistant", completion), request.tools)
-            asked = (request.artifact, request.task, request.messages, request.tools)
+            asked = (request.artifact, request.task, request.effort, request.messages, request.tools)
             group = groups.setdefault(repr(asked), len(groups))
             example = Example(rendered.token_ids, rendered.loss_mask, group)
             placed.append(Placed(example, slot.number if slot else BASE_SLOT, index))
@@ -164,3 +176,8 @@ class LocalBackend:
             )
         vectors = prompt_vectors(self.base.host, prompts, self.engine.tokens_per_pass)
         return vectors, sum(map(len, prompts))
+
+
+def _at_effort(rendering: Rendering, effort: str) -> Rendering | None:
+    renderer = rendering.renderer.at_effort(effort) if isinstance(rendering.renderer, ChatRenderer) else None
+    return None if renderer is None else replace(rendering, renderer=renderer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,12 @@ class Running:
         if done >= len(self.prompt_ids):
             return self.token_ids[done - len(self.prompt_ids) :]
         return [*self.prompt_ids[done:], *self.token_ids]
+
+    @property
+    def num_pending(self) -> int:
+        """How many those are."""
+        done = self.cache.length if self.cache is not None else 0
+        return len(self.prompt_ids) + len(self.token_ids) - done
 
     @property
     def logprobs(self) -> list[float]:
@@ -115,7 +122,7 @@ class Scheduler:
         Those that wait for their next token all take part; a prompt takes at most `most_tokens` of its sequence.
         """
         chosen: list[tuple[Running, int]] = []
-        for sequence in [s for s in self.active if len(s.pending) == 1]:
+        for sequence in [s for s in self.active if s.num_pending == 1]:
             if sequence in self.active and self._make_room(sequence):
                 chosen.append((sequence, 1))
         chosen = [(s, num) for s, num in chosen if s in self.active]
@@ -126,24 +133,25 @@ class Scheduler:
         for sequence in self._prefilling(taking):
             if left <= 0:
                 break
-            num = min(len(sequence.pending), left, most_tokens(sequence))
+            num = min(sequence.num_pending, left, most_tokens(sequence))
             chosen.append((sequence, num))
             left -= num
         return chosen
 
     def _prefilling(self, taken: set[int]) -> Iterator[Running]:
         """Running sequences whose prompts are not whole yet, then those that may enter."""
-        yield from [s for s in self.active if id(s) not in taken and len(s.pending) > 1]
+        yield from [s for s in self.active if id(s) not in taken and s.num_pending > 1]
         held_back: set[int] = set()
+        running = Counter(s.slot for s in self.active)
         while len(self.active) < self.max_sequences:
             candidates = [s for s in self.waiting if id(s) not in held_back]
             if not candidates:
                 return
-            running = [s.slot for s in self.active]
-            sequence = min(candidates, key=lambda s: running.count(s.slot))
+            sequence = min(candidates, key=lambda s: running[s.slot])
             if self._follows_another(sequence):
                 held_back.add(id(sequence))
             elif self._enter(sequence):
+                running[sequence.slot] += 1
                 yield sequence
             else:
                 return

@@ -9,11 +9,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TypeVar
 
 from torch import Tensor
@@ -24,6 +23,7 @@ from tailor.inference.backend import Completion, Request
 from tailor.inference.engine import Engine
 from tailor.inference.library import Library, ModelCard
 from tailor.inference.local import LocalBackend
+from tailor.inference.orders import Orders, closing, in_thread
 from tailor.inference.scheduler import Running
 from tailor.inference.streams import Stream, TokenStream, VotedStream
 from tailor.inference.votes import sampled
@@ -32,19 +32,24 @@ T = TypeVar("T")
 
 
 class Service:
-    """Answers requests by model name, continuously batched, whatever customizations they are for."""
+    """Answers requests by model name, continuously batched, whatever customizations they are for.
 
-    def __init__(self, library: Library) -> None:
+    Passes run in a thread of its own, or without `own_thread` in that of whoever calls `work`. A process that only
+    serves should do that in its main thread: GNU OpenMP counts the threads that have computed, and once they and their
+    helpers are more than the processors, everybody waits for helpers by sleeping; steps took up to four times as long
+    (docs/log.md). For the same reason models are loaded in threads that end.
+    """
+
+    def __init__(self, library: Library, *, own_thread: bool = True) -> None:
         self.library = library
         self.started = time.monotonic()
-        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._orders = Orders()
         self._streams: dict[Running, TokenStream] = {}
         self._loader = ThreadPoolExecutor(1, "loader")
-        self._gate = threading.Lock()
-        self._closed = False
         self._num = {"requests": 0, "finished": 0, "cancelled": 0, "failed": 0, "prompt_tokens": 0, "cached_tokens": 0}
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        if own_thread:
+            threading.Thread(target=self.work, name="engine", daemon=True).start()
 
     async def stream(self, model: str, request: Request) -> Stream:
         """An answer in pieces; one that is voted on comes in one.
@@ -149,7 +154,7 @@ class Service:
 
         def take_away() -> None:
             remove(find(folder))
-            self._order(lambda: self._drop(own)).result()
+            self._orders.ask(lambda: self._drop(own)).result()
 
         await self._beside_passes(take_away)  # nobody loads it again before its files are gone
 
@@ -186,6 +191,12 @@ class Service:
         with _unloading_told(backend, artifact):
             return backend.rendering(artifact).renderer.tokenizer.vocab_size
 
+    def takes_effort(self, model: str) -> bool:
+        """Whether a request can say how long to think first; the model must be in memory."""
+        backend, artifact = self._ready(model)
+        with _unloading_told(backend, artifact):
+            return backend.takes_effort(artifact)
+
     async def warm(self, model: str) -> None:
         """Have the model in memory before its facts are asked for. Raises as `stream` does."""
         await self._backend(model)
@@ -208,8 +219,8 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether passes can still run."""
+        return not self._ended.is_set()
 
     def forget(self, backend: LocalBackend, running: Running) -> None:
         """Take a sequence out at the next pass."""
@@ -222,10 +233,14 @@ class Service:
         self._orders.put(take_out)
 
     async def close(self) -> None:
-        """End the thread; answers on their way end with an error."""
+        """Have `work` end, and wait for it; answers on their way end with an error."""
+        self.stop()
+        await asyncio.to_thread(self._ended.wait)
+
+    def stop(self) -> None:
+        """Have `work` end; from any thread, any number of times."""
         self._orders.put(None)
         self._loader.shutdown(wait=False)
-        await asyncio.to_thread(self._thread.join)
 
     def _artifact(self, name: str) -> str:
         """The artifact behind a name. Raises NotFoundError, and ConflictError for a base."""
@@ -249,8 +264,13 @@ class Service:
         return await self._beside_passes(lambda: self._load(model))
 
     def _load(self, model: str) -> tuple[LocalBackend, str | None]:
-        """Load a model that may be there by now; in the loader's thread, where nobody loads it a second time."""
-        return self.library.ready(model) or self._order(self.library.fetch(model)).result()
+        """Load a model that may be there by now; in the loader's thread, where nobody loads it a second time.
+
+        What others have deleted or replaced on disk goes first.
+        """
+        for name in self.library.outdated():
+            self._orders.ask(partial(self._drop, name)).result()
+        return self.library.ready(model) or self._orders.ask(self.library.fetch(model)).result()
 
     def _check_there(self, backend: LocalBackend, request: Request, running: Running) -> None:
         """Raise OverloadedError for a model that was unloaded after the request had found it; between passes."""
@@ -260,46 +280,36 @@ class Service:
             raise _unloaded()
 
     async def _beside_passes(self, work: Callable[[], T]) -> T:
-        """Run something in the loader's thread, one at a time. Raises TailorError when the service ends."""
+        """Run something beside the passes, one at a time. Raises TailorError when the service ends."""
 
         def run() -> T:
-            if self._closed:
-                raise _closing()
-            return work()
+            if self._orders.closed:
+                raise closing()
+            return in_thread(work)
 
         try:
             future = self._loader.submit(run)
         except RuntimeError:  # it takes nothing any more
-            raise _closing() from None
+            raise closing() from None
         return await asyncio.wrap_future(future)
 
     async def _between_passes(self, order: Callable[[], T]) -> T:
         """Run something in the engine's thread, when no pass runs."""
-        return await asyncio.wrap_future(self._order(order))
+        return await asyncio.wrap_future(self._orders.ask(order))
 
-    def _order(self, order: Callable[[], T]) -> Future[T]:
-        """Have something run in the engine's thread. Raises TailorError when there is none any more."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(order())
-                except BaseException as error:
-                    future.set_exception(error)
-
-        with self._gate:
-            if self._closed:
-                raise _closing()
-            self._orders.put(run)
-        return future
+    def work(self) -> None:
+        """Run orders and passes until the service is stopped."""
+        try:
+            self._work()
+        finally:
+            self._ended.set()
 
     def _work(self) -> None:
-        """The engine's thread: orders first, then one pass of every base that has something to do."""
+        """Orders first, then one pass of every base that has something to do."""
         while True:
             busy = [engine for engine in self.library.engines if not engine.idle]
-            while not busy or not self._orders.empty():
-                order = self._orders.get()
+            while not busy or not self._orders.empty:
+                order = self._orders.take()
                 if order is None:
                     self._end()
                     return
@@ -360,16 +370,11 @@ class Service:
         self.library.drop(name)
 
     def _end(self) -> None:
-        with self._gate:
-            self._closed = True
-        while not self._orders.empty():
-            if (order := self._orders.get()) is not None:
+        self._orders.close()
+        while not self._orders.empty:
+            if (order := self._orders.take()) is not None:
                 self._obey(order)
-        self._fail(list(self._streams), _closing())
-
-
-def _closing() -> TailorError:
-    return TailorError("the server is shutting down")
+        self._fail(list(self._streams), closing())
 
 
 def _unloaded() -> OverloadedError:

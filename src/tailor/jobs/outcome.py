@@ -43,10 +43,10 @@ def run_of(name: str) -> Run | None:
 
 
 def discard(name: str) -> None:
-    """Remove the artifact of a job that was cancelled at its last moment."""
-    folder = home() / "artifacts" / name
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    """Remove the artifact of a job that was cancelled at its last moment, and its checkpoints."""
+    for folder in (home() / "artifacts" / name, *(home() / "artifacts").glob(f"{name}-step-*")):
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 def _told(said: Mapping[str, Any] | None, name: str) -> Outcome | None:

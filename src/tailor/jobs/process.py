@@ -11,16 +11,36 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 import signal
 import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from tailor.errors import ConflictError
 
-_BEGIN = 'echo $$ > "$0" && exec "$@"'
-"""Write down the process's number, then become the command: the number and the group stay the same."""
+IDLE = 20
+"""The niceness beyond nice's 19: only the time that nothing else wants, where the system knows that (Linux)."""
+
+_BEGIN = 'echo "$$ $1" > "$0" && shift && exec "$@"'
+"""Write down the process's number and the system it is of, then become the command: number and group stay the same."""
+
+
+@cache
+def this_system() -> str:
+    """Where numbers of processes mean what they mean here, and locks are seen at once: this boot, this container.
+
+    Elsewhere a number is another process's, and whether a shared disk tells of locks depends on the disk.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{platform.node()}/{uuid.getnode()}"
 
 
 def take_lock(path: Path, seconds: float = 1.0) -> int | None:
@@ -75,25 +95,31 @@ class Process:
         return self.folder / "stderr.txt"
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], niceness: int) -> None:
-        """Start the command in a session of its own. Raises ConflictError while the one before it lives."""
+        """Start the command in a group of its own, so much nicer. Raises ConflictError while the one before it lives.
+
+        Not in a session of its own: Linux shares the cores out among sessions first (sched(7), autogroups), and
+        niceness would then mean nothing to the server.
+        """
         lock = take_lock(self.folder / "lock")
         if lock is None:
             raise ConflictError(f"the process of job {self.folder.name} still runs")
         try:
             self._number.unlink(missing_ok=True)
             self._keep_stderr()
-            nice = ["nice", "-n", str(niceness)] if niceness else []
+            nice = ["nice", "-n", str(min(niceness, IDLE - 1))] if niceness else []
             with open(self.stdout, "wb") as out, open(self.stderr, "wb") as err:
                 self._child = subprocess.Popen(
-                    ["/bin/sh", "-c", _BEGIN, str(self._number), *nice, *command],
+                    ["/bin/sh", "-c", _BEGIN, str(self._number), this_system(), *nice, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
                     cwd=self.folder,
                     env=dict(environment),
-                    start_new_session=True,
+                    process_group=0,
                     pass_fds=(lock,),
                 )
+            if niceness == IDLE and sys.platform == "linux":
+                os.sched_setscheduler(self._child.pid, os.SCHED_IDLE, os.sched_param(0))
         finally:
             os.close(lock)
 
@@ -106,7 +132,7 @@ class Process:
         return is_locked(self.folder / "lock")
 
     def signal(self, number: int) -> None:
-        """Send a signal to all of the job's processes, if there are any."""
+        """Send a signal to all of the job's processes, if there are any on this system."""
         if not is_locked(self.folder / "lock"):
             return
         group = self._child.pid if self._child is not None else self._written()
@@ -115,12 +141,18 @@ class Process:
                 os.killpg(group, number)
 
     @property
+    def is_here(self) -> bool:
+        """Whether it was started on this system."""
+        return self._child is not None or self._written() is not None
+
+    @property
     def _number(self) -> Path:
         return self.folder / "pid"
 
     def _written(self) -> int | None:
         try:
-            return int(self._number.read_text("ascii"))
+            number, _, system = self._number.read_text("ascii").strip().partition(" ")
+            return int(number) if system == this_system() else None
         except (FileNotFoundError, ValueError):  # it is just beginning
             return None
 

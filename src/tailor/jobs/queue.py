@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from tailor.errors import ConflictError, NotFoundError
-from tailor.jobs.database import make_tables, reading
+from tailor.jobs.database import is_shared, make_tables, reading
 from tailor.jobs.tables import EVENTS, JOBS, TABLES, VERSION, Event, Job, NewEvent, NewJob, Status, new_id
 
 TERMINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
@@ -34,6 +34,7 @@ class Queue:
     def __init__(self, engine: Engine) -> None:
         make_tables(engine, "jobs", VERSION, TABLES)
         self.engine = engine
+        self.shared = is_shared(engine)
         self._reading = reading(engine)
 
     # --- putting and finding -----------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Queue:
 
     def _ask(self, job_id: str, what: str, possible: Sequence[Status], values: Mapping[str, Any]) -> Job:
         with self.engine.begin() as connection:
-            job = _fetch(connection, JOBS.c.id == job_id)
+            job = _fetch(connection, JOBS.c.id == job_id, hold=True)
             if job.status == values["status"]:
                 return job
             if not _change(connection, JOBS.c.id == job_id, JOBS.c.status.in_(possible), **values):
@@ -236,7 +237,7 @@ class Queue:
         """
         with self.engine.begin() as connection:
             mine = (JOBS.c.id == job_id, JOBS.c.worker == worker)
-            row = connection.execute(select(JOBS).where(*mine)).first()
+            row = connection.execute(select(JOBS).where(*mine).with_for_update()).first()
             if row is None:
                 return
             job = Job.of(row)
@@ -259,8 +260,9 @@ class Queue:
     # --- events ------------------------------------------------------------------------------------------------------
 
     def add_event(self, job_id: str, event: NewEvent) -> None:
-        """Add an event to a job."""
+        """Add an event to a job. Raises NotFoundError."""
         with self.engine.begin() as connection:
+            _fetch(connection, JOBS.c.id == job_id, hold=True)
             _add_events(connection, job_id, [event])
 
     def events(self, job_id: str, limit: int, after: str | None = None) -> tuple[list[Event], bool]:
@@ -301,8 +303,10 @@ def now() -> int:
     return int(time.time())
 
 
-def _fetch(connection: Connection, where: ColumnElement[bool]) -> Job:
-    row = connection.execute(select(JOBS).where(where)).first()
+def _fetch(connection: Connection, where: ColumnElement[bool], *, hold: bool = False) -> Job:
+    """A job; with `hold` nobody else changes it until the transaction ends (in SQLite that is always so)."""
+    query = select(JOBS).where(where)
+    row = connection.execute(query.with_for_update() if hold else query).first()
     if row is None:
         raise NotFoundError("there is no such job")
     return Job.of(row)
@@ -313,6 +317,8 @@ def _change(connection: Connection, *where: ColumnElement[bool], **values: Any) 
 
 
 def _add_events(connection: Connection, job_id: str, events: Sequence[NewEvent]) -> None:
+    """Add events in a transaction that has changed the job's row or holds it, so that the row numbers of a job's events
+    are in the order in which they become visible: `events_since` misses none."""
     if events:
         at = now()
         rows = [event.columns() | {"id": new_id("ftevent-"), "job_id": job_id, "created_at": at} for event in events]

@@ -37,9 +37,9 @@ JOBS = Table(
     Column("process", String(64)),
     Column("beat", BigInteger, nullable=False, default=0),
     Column("crashes", Integer, nullable=False, default=0),
-    Column("crashed_at", Integer, nullable=False, default=0),
-    Column("logged", Integer, nullable=False, default=0),
-    Column("num_steps", Integer),
+    Column("crashed_at", BigInteger, nullable=False, default=0),
+    Column("logged", BigInteger, nullable=False, default=0),
+    Column("num_steps", BigInteger),
     Column("created_at", BigInteger, nullable=False),
     Column("started_at", BigInteger),
     Column("finished_at", BigInteger),
@@ -134,8 +134,9 @@ class NewEvent:
     data: Mapping[str, Any] | None = None
 
     def columns(self) -> dict[str, Any]:
-        """The values of its row."""
-        return asdict(self)
+        """The values of its row. What no database takes in a text (NUL, half of a surrogate pair) is shown as `?`."""
+        told = self.message.replace("\0", "?").encode("utf-8", "replace").decode("utf-8")
+        return {**asdict(self), "message": told}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,10 @@ from typing import Any
 from pydantic import Field
 
 from tailor.config import Strict
-from tailor.errors import ConflictError, DataError
+from tailor.errors import ConflictError, DataError, UnavailableError
+from tailor.jobs.database import DATABASE_VARIABLE
 from tailor.jobs.outcome import Outcome, discard, outcome_of, run_of
-from tailor.jobs.process import Process, is_locked, take_lock
+from tailor.jobs.process import IDLE, Process, is_locked, take_lock, this_system
 from tailor.jobs.queue import Queue
 from tailor.jobs.tables import Job, NewEvent, new_id
 from tailor.runs import home
@@ -31,6 +32,9 @@ _TAILOR = "from tailor.cli.main import main; main()"
 _CANCEL_SECONDS = 3.0
 """How long a cancelled process may take to end by itself: nobody wants its checkpoint."""
 
+_SECRETS = (DATABASE_VARIABLE, "PGPASSWORD", "TAILOR_API_KEY")
+"""Environment variables of the server that are not for its jobs."""
+
 log = logging.getLogger(__name__)
 
 
@@ -38,14 +42,16 @@ class WorkerSettings(Strict):
     """How jobs are run beside the server that answers."""
 
     concurrency: int = Field(1, ge=0, description="processes at a time; 0 only keeps the queue")
-    niceness: int = Field(10, ge=0, le=19, description="how far training gives way to answering (nice)")
+    niceness: int = Field(
+        19, ge=0, le=IDLE, description="how far training gives way to answering (nice); 20: it gets idle time only"
+    )
     num_threads: int | None = Field(None, ge=1, description="threads of a job; half of the cores when not given")
     together: int = Field(1, ge=1, description="queued jobs of one base that are trained in one process")
     poll_seconds: float = Field(0.5, gt=0, description="how often processes and requests are looked at")
     grace_seconds: float = Field(120.0, gt=0, description="how long a paused job may take to save its checkpoint")
     max_crashes: int = Field(3, ge=1, description="how often a process may die without a new step before the job fails")
     lease_seconds: float = Field(
-        120.0, gt=0, description="silence after which a worker on another machine counts as lost"
+        120.0, gt=0, description="silence after which a worker on another machine counts as lost; the same for all"
     )
 
     def threads(self) -> int:
@@ -75,7 +81,7 @@ def folder_of(job_id: str) -> Path:
 class _Running:
     """A process and the jobs it is for.
 
-    `deadline` (monotonic) is there when it was asked to stop; `lost`: it died while no worker looked.
+    `deadline` (monotonic) is there when it was asked to stop; `lost`: it ends, or ended, with its worker's lease.
     """
 
     process: Process
@@ -83,6 +89,11 @@ class _Running:
     deadline: float | None = None
     lost: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> str:
+        """The jobs, for people."""
+        return ", ".join(self.job_ids)
 
 
 class Worker:
@@ -105,32 +116,52 @@ class Worker:
         self._command = command
         self._running: list[_Running] = []
         self._seen: dict[str, tuple[str | None, int, float]] = {}
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
         self._last_beat = time.monotonic()
         _forget_dead(queue)
         self._lock = take_lock(_sign_of_life(self.id))
+        if self._lock is not None:
+            os.write(self._lock, this_system().encode())
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Work in a thread."""
-        self._thread = threading.Thread(target=self._work, name="tailor-jobs", daemon=True)
-        self._thread.start()
+        """Work in a thread; another one sees to it that no process outlives the lease."""
+        for name, work in (("tailor-jobs", self._work), ("tailor-jobs-lease", self._guard)):
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
-        """Stop: processes save their checkpoints, and their jobs wait in the queue for the next worker."""
+        """Stop: processes save their checkpoints, and their jobs wait in the queue for the next worker.
+
+        When the database does not answer, the processes end all the same, and the next worker finds their jobs.
+        """
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
         for running in self._running:
             self._ask_to_stop(running, self.settings.grace_seconds)
+        told = True
         while self._running:
             for running in list(self._running):
-                self._look(running)
+                told = self._see_off(running) and told
             time.sleep(min(0.05, self.settings.poll_seconds))
         self.close()
-        _sign_of_life(self.id).unlink(missing_ok=True)
+        if told:
+            _sign_of_life(self.id).unlink(missing_ok=True)
+
+    def _see_off(self, running: _Running) -> bool:
+        """Look after a process that was asked to stop; False when it has ended and the database cannot be told."""
+        try:
+            self._look(running)
+        except UnavailableError:
+            if not running.process.alive():
+                self._running.remove(running)
+                return False
+            if running.deadline is not None and time.monotonic() > running.deadline:
+                running.process.signal(signal.SIGKILL)
+        return True
 
     def close(self) -> None:
         """Show no life any more. Processes go on, and another worker takes them over."""
@@ -142,16 +173,30 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 self.step()
-            except Exception:  # the database may be away for a while; the jobs' processes do not need it
+            except UnavailableError:  # the database says so itself; for a while the jobs' processes do not need it
+                pass
+            except Exception:
                 log.exception("the jobs could not be looked after; trying again")
-                self._fence()
             self._stopping.wait(self.settings.poll_seconds)
+
+    def _guard(self) -> None:
+        """Fence in time, also while the database keeps the other thread waiting."""
+        while not self._stopping.wait(self.settings.lease_seconds / 20):
+            self._fence()
 
     def _fence(self) -> None:
         """Stop our processes before another machine may believe that we are lost and go on with the jobs."""
-        if time.monotonic() - self._last_beat > self.settings.lease_seconds / 2:
-            for running in self._running:
-                running.process.signal(signal.SIGKILL)
+        if not self._is_late():
+            return
+        for running in list(self._running):
+            if not running.lost:
+                log.warning("jobs %s stop for now: the database was not reached for too long", running.names)
+            running.lost = True  # no fault of theirs
+            running.process.signal(signal.SIGKILL)
+
+    def _is_late(self) -> bool:
+        """Whether the lease may be over soon."""
+        return self.queue.shared and time.monotonic() - self._last_beat > self.settings.lease_seconds / 2
 
     def step(self) -> None:
         """Show life, look after the processes, take over those of lost workers, begin what may begin."""
@@ -160,8 +205,10 @@ class Worker:
         for running in list(self._running):
             try:
                 self._look(running)
+            except UnavailableError:
+                raise
             except Exception:  # a full disk, say; the others are looked after, and this one again at the next step
-                log.exception("jobs %s could not be looked after; trying again", ", ".join(running.job_ids))
+                log.exception("jobs %s could not be looked after; trying again", running.names)
         self._take_over()
         while len(self._running) < self.settings.concurrency and self._begin():
             pass
@@ -185,6 +232,9 @@ class Worker:
                 jobs.append(other)
         running = _Running(Process(folder_of(first.id)), [job.id for job in jobs])
         self._running.append(running)
+        if self._is_late():
+            running.lost = True
+            return False
         try:
             running.process.start(self._command(jobs), self._environment(), self.settings.niceness)
         except (OSError, ConflictError):
@@ -193,7 +243,8 @@ class Worker:
 
     def _environment(self) -> dict[str, str]:
         threads = str(self.settings.threads())
-        return {**os.environ, "TAILOR_HOME": str(home()), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        ours = {"TAILOR_HOME": str(home()), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        return {name: value for name, value in os.environ.items() if name not in _SECRETS} | ours
 
     # --- looking after -----------------------------------------------------------------------------------------------
 
@@ -204,9 +255,9 @@ class Worker:
         for job in jobs:
             self._report(running, job)
         if not alive:
-            for job in jobs:
-                self._settle(running, job)
-            self._running.remove(running)
+            self._settle(running, [job for job in jobs if job.worker == self.id])
+        elif any(job.worker != self.id for job in jobs):  # this machine stood still for longer than the lease
+            running.process.signal(signal.SIGKILL)
         elif running.deadline is not None:
             if time.monotonic() > running.deadline:
                 running.process.signal(signal.SIGKILL)
@@ -223,7 +274,13 @@ class Worker:
         running.deadline = time.monotonic() + seconds
         running.process.signal(signal.SIGTERM)
 
-    def _settle(self, running: _Running, job: Job) -> None:
+    def _settle(self, running: _Running, jobs: Sequence[Job]) -> None:
+        """A process is gone: say what became of its jobs."""
+        for job in jobs:
+            self._settle_one(running, job)
+        self._running.remove(running)
+
+    def _settle_one(self, running: _Running, job: Job) -> None:
         outcome = outcome_of(running.process, job.name) if job.status != "cancelled" else None
         if outcome is None:
             crashed = running.deadline is None and not running.lost
@@ -248,17 +305,17 @@ class Worker:
         path = run.folder / "metrics.jsonl" if run is not None else None
         if run is None or path is None or not path.is_file():
             return
-        size = path.stat().st_size
-        if running.sizes.get(job.id) == size:
+        size, known = path.stat().st_size, running.sizes.get(job.id, 0)
+        if size == known:
             return
-        running.sizes[job.id] = size
-        try:
-            new = [line for line in run.metrics() if line["step"] > job.logged]
+        new = []
+        try:  # only what is new: parsing all of a long run twice a second would hold up the answers
+            new = [line for line in run.metrics(known) if line["step"] > job.logged]
         except DataError:
             log.exception("the metrics of job %s cannot be read", job.id)
-            return
         if new:
             self.queue.log(job.id, self.id, new[-1]["step"], [_step_event(line, job.num_steps) for line in new])
+        running.sizes[job.id] = size
 
     # --- taking over -------------------------------------------------------------------------------------------------
 
@@ -275,21 +332,29 @@ class Worker:
             known = next((one for one in self._running if one.process.folder.name == process), None)
             if known is None:
                 found = Process(folder_of(process))
-                known = _Running(found, [], lost=not found.alive())
+                known = _Running(found, [], lost=not (found.alive() and found.is_here))
                 self._running.append(known)
             known.job_ids.append(job.id)
 
     def _is_lost(self, job: Job) -> bool:
         """Whether the job's worker is gone: its file says so; of one elsewhere, that it has been silent for long."""
         assert job.worker is not None
-        file = _sign_of_life(job.worker)
-        if file.exists():
-            return not is_locked(file)
+        if (held := self._is_held(job.worker)) is not None:
+            return not held
         seen = self._seen.get(job.id)
         if seen is None or seen[:2] != (job.worker, job.beat):
             self._seen[job.id] = (job.worker, job.beat, time.monotonic())
             return False
         return time.monotonic() - seen[2] > self.settings.lease_seconds
+
+    def _is_held(self, worker: str) -> bool | None:
+        """Whether a worker holds its file; None when that cannot be told, because it is, or may be, elsewhere."""
+        file = _sign_of_life(worker)
+        try:
+            system = file.read_text("ascii")
+        except FileNotFoundError:
+            return None
+        return is_locked(file) if not self.queue.shared or system == this_system() else None
 
 
 def _sign_of_life(worker: str) -> Path:

@@ -9,14 +9,14 @@ segment boundaries of the running plan and attends inside each sequence: [prefix
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailor.models.block_attention import Scores, block_attention
-from tailor.models.decode import decode
+from tailor.models.decode import Options, decode
 
 if TYPE_CHECKING:
     from tailor.models.host import SlotHost
@@ -44,7 +44,7 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
     """
     plan: Plan = module.slot_host.running()  # type: ignore[union-attr, operator]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    options = _Options(scaling, sliding_window, softcap)
+    options = Options(scaling, sliding_window, softcap)
     prefixes = _prefixes(module.slot_host, plan, layer, key)  # type: ignore[arg-type]
     if plan.in_blocks(query):
         scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
@@ -56,10 +56,12 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
     decoding = plan.decoding(query.device) if plan.generates else None
     if decoding is None or not decoding.groups:
         return _one_by_one(plan, range(len(plan.segments)), layer, (query, key, value), prefixes, options), None
-    parts = [decode(group, layer, query, key, value, scaling, sliding_window, softcap) for group in decoding.groups]
-    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    plan.options[layer] = options
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    parts = [decode(group, layer, q, k, v, options) for group in decoding.groups]
     if not decoding.left:
-        return found.index_select(0, decoding.order)[None], None
+        return decoding.answered(parts)[None], None
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
     rest = _one_by_one(plan, decoding.left, layer, (query, key, value), prefixes, options)
     output = found.new_empty(query.shape[2], *found.shape[1:])
     output[torch.cat([group.tokens for group in decoding.groups])] = found
@@ -71,21 +73,13 @@ def attend(  # noqa: PLR0913  (the signature is transformers')
     return output[None], None
 
 
-class _Options(NamedTuple):
-    """What the model says of its attention."""
-
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-
-
 def _one_by_one(
     plan: Plan,
     numbers: Sequence[int],
     layer: int,
     packed: tuple[Tensor, Tensor, Tensor],
     prefixes: Mapping[int, tuple[Tensor, Tensor]],
-    options: _Options,
+    options: Options,
 ) -> Tensor:
     """(1, t, H, D): the attention of some of the plan's segments, each in a call of its own."""
     if len(numbers) == len(plan.segments):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tailor.data.examples import Rendering, Truncation
 from tailor.data.packing import Batch, Segment
 from tailor.errors import ConfigError, ResourceError, nearest
+from tailor.machine import keep_freed_memory
 from tailor.models import attention
 from tailor.models.attention import ATTENTION
+from tailor.models.decode_step import Stepper
 from tailor.models.files import fingerprint, resolve, weight_files
 from tailor.models.fused import fuse
 from tailor.models.host import SlotHost
@@ -52,6 +54,7 @@ class Base:
         self.dtype = next(model.parameters()).dtype
         self.fingerprint = base_print
         self.host = SlotHost(model, placement_of(self.config), tokenizer)
+        self.stepper = Stepper(self.host, _limit(self.dtype))
         self.max_seq_len = context_length(self.config)
         quantised = nf4_layers(model)
         self.quantize = QUANTISED[0] if quantised else None
@@ -103,7 +106,8 @@ class Base:
         """
         heads = self._heads(plan)
         if len(heads) == 1:
-            return heads[0][0].logits(hidden[places])
+            step = self.stepper.step if plan.decodes else None
+            return heads[0][0].logits(hidden[places], product=step.head if step else None)
         width = max(head.num_logits for head, _, _ in heads)
         parts = [head.logits(hidden[places[(places >= a) & (places < b)]]) for head, a, b in heads]
         return torch.cat([nn.functional.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in parts])
@@ -122,8 +126,14 @@ class Base:
             lengths = torch.tensor([span.end - span.start for span in plan.spans], device=position_ids.device)
             shifts = torch.tensor([offsets.get(span.slot, 0) for span in plan.spans], device=position_ids.device)
             position_ids = position_ids + shifts.repeat_interleave(lengths, output_size=len(position_ids))
-        output = self._decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+        def modules() -> Tensor:
+            output = self._decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+            return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+        if plan.decodes and not torch.is_grad_enabled():
+            return self.stepper.run(plan, input_ids, position_ids, modules)
+        return modules()
 
     def batch_logprobs(self, batch: Batch, plan: Plan) -> Tensor:
         """(N,) logprobs of the batch's N counted targets, in token order. Must be called inside `host.run(plan)`."""
@@ -249,6 +259,8 @@ def wrap_model(
 ) -> Base:
     """A Base over a transformers model that is already in memory; checks the packed attention against the stock one."""
     attention.register()
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device).eval()
     plain_experts(model)
     stock = _stock_probe(model, device)
@@ -286,12 +298,17 @@ def _check_probe(base: Base, stock: Tensor) -> None:
     beside = [Segment(0, end), Segment(end, 2 * end)]
     shared = [Segment(0, half), *(Segment(k * half, (k + 1) * half, parent=0, position0=half) for k in (1, 2))]
     off = max(_off(base, ids + ids, beside, stock), _off(base, ids + ids[half:], shared, stock[half:]))
-    limit = 1e-3 if base.dtype in (torch.float32, torch.float64) else 0.1
+    limit = _limit(base.dtype)
     if not off < limit:
         raise ConfigError(
             f"{base.name}: the packed forward pass differs from the stock model's by {off:.1e} of a logit's spread",
             hint="this architecture variant is not supported; nothing was trained or generated",
         )
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """How far two ways to compute the same may lie apart, of the numbers' spread."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 """(t, H) input rows and (t, H) output rows of a block to what is added to the output rows, (t, H)."""
 
 
-Together = Callable[[Tensor, Tensor, Rows], Tensor]
-"""As `Change`, for rows of several slots; rows of nobody get zeros."""
+Together = Callable[[Tensor, Tensor, Rows], object]
+"""As `Change`, for rows of several slots, but the output rows are changed in place; rows of nobody stay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,20 +80,20 @@ class SlotBlock:
         """Attention returns a tuple, an MLP a tensor, experts either; only the hidden states change."""
         hidden = output[0] if isinstance(output, tuple) else output
         assert self._input is not None
-        changed = self._changed(self._input.reshape(-1, self._input.shape[-1]), hidden.reshape(-1, hidden.shape[-1]))
+        changed = self.changed(self._input.reshape(-1, self._input.shape[-1]), hidden.reshape(-1, hidden.shape[-1]))
         self._input = None
         if changed is None:
             return output
         changed = changed.view(hidden.shape)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    def _changed(self, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    def changed(self, inputs: Tensor, outputs: Tensor) -> Tensor | None:
         """(T, H) outputs with each span's additions, None when no slot of this pass has any."""
         plan = self.slot_host.running()
         if not any(span.slot in self.deltas for span in plan.spans):
             return None
         if not torch.is_grad_enabled():
-            return self._changed_in_place(inputs, outputs.clone(), plan)
+            return self.add(inputs, outputs.clone())
         lengths = [span.end - span.start for span in plan.spans]
         ins, outs = inputs.split(lengths), list(outputs.split(lengths))
         for k, span in enumerate(plan.spans):
@@ -103,14 +103,17 @@ class SlotBlock:
                 outs[k] = outs[k] + self._noisy(added, plan, span, number, delta.dropout)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _changed_in_place(self, inputs: Tensor, outputs: Tensor, plan: Plan) -> Tensor:
-        """The same without a record for backward: spans of few tokens are changed together where they can be."""
+    def add(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """(T, H) outputs with each span's additions, in place and without a record for backward.
+
+        Spans of few tokens are changed together where they can be.
+        """
+        plan = self.slot_host.running()
         touched = [span for span in plan.spans if span.slot in self.deltas]
         for rows, slots in plan.rows_of(touched, outputs.device):
-            where = slice(rows.start, rows.end)
             stack = self._stack(plan, slots, outputs.dtype) if len(slots) > 1 and not plan.training else None
             if stack is not None:
-                outputs[where] += stack(inputs[where], outputs[where], rows)
+                stack(rows.of(inputs), rows.of(outputs), rows)
                 continue
             for span in [span for span in touched if span.slot in slots]:
                 for number, delta in enumerate(self.deltas[span.slot]):

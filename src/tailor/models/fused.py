@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -30,10 +31,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """
     if torch.is_grad_enabled() or x.numel() > CHUNK:
         return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
-    # a step of generation: as few calls as can be
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = values * values.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-    return normed.mul_(weight + offset if offset else weight).to(x.dtype)
+    # a step of generation: as few calls as can be, and a mean is a slow one
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    inverse = torch.addcmul(_constant(eps, wide), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * inverse).mul_(weight + offset if offset else weight).to(x.dtype)
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor (1, 1) on the CPU."""
+    return torch.full((1, 1), value, dtype=dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -111,7 +119,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     if not torch.is_grad_enabled():
-        return _rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
 
@@ -121,16 +129,20 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1.0)
+        return rotated(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1.0), None, None
+        return rotated(grad, cos, sin, -1.0), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> Tensor:
+    """x (…, D) turned by angles that are broadcast against it; `direction` -1 turns it back."""
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    if wide != x.dtype:  # OLMo 2 keeps its angles in float32
+        return rotated(x.to(wide), cos, sin, direction).to(x.dtype)
     size = cos.shape[-1]
     half, sine = size // 2, sin[..., : size // 2]
     first, second = x[..., :half], x[..., half:size]

@@ -23,7 +23,7 @@ from tailor.text.tokenizer import Tokenizer
 
 
 class SlotHost:
-    """Holds the model, its wrappers and its slots, and the plan of the pass that is running."""
+    """Holds the model, its `weights`, its wrappers and its slots, and the plan of the pass that is running."""
 
     def __init__(self, model: nn.Module, placement: Placement, tokenizer: Tokenizer) -> None:
         first = next(model.parameters())
@@ -39,7 +39,8 @@ class SlotHost:
         self._linears: dict[str, SlotLinear] = {}
         self._blocks: dict[str, SlotBlock] = {}
         self._embedding: SlotEmbedding | None = None
-        for parameter in model.parameters():
+        self.weights = tuple(model.parameters())
+        for parameter in self.weights:
             parameter.requires_grad_(False)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
@@ -165,6 +166,14 @@ class SlotHost:
             entry, leave = (self.model.get_submodule(end) for end in ends)
             self._blocks[name] = SlotBlock(name, entry, leave, self, linears)
         return self._blocks[name]
+
+    def linear_named(self, name: str) -> SlotLinear | None:
+        """The wrapper of a linear layer, if some slot changes it."""
+        return self._linears.get(name)
+
+    def block_named(self, name: str) -> SlotBlock | None:
+        """What stands on a block, by the name of its layer and `attention` or `mlp`, if some slot adds to it."""
+        return self._blocks.get(name)
 
     @property
     def num_layers(self) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tailor.models.bank import KEPT_BANKS, Bank, Change
+from tailor.models.bank import KEPT_BANKS, Bank, Change, changed
 from tailor.models.dropout import keep_mask
 from tailor.models.nf4 import NF4Linear
 
@@ -152,15 +152,7 @@ class SlotLinear(nn.Module):
         pieces = [(rows, self._bank(plan, slots)) for rows, slots in plan.rows_of(touched, x.device)]
         if not all(bank.finite for _, bank in pieces):
             pieces = [(plan.rows_alone(span, x.device), self._bank(plan, (span.slot,))) for span in touched]
-        scaled = x
-        if any(bank.inputs is not None for _, bank in pieces):
-            scaled = x.clone()
-            for rows, bank in pieces:
-                scaled[rows.start : rows.end] = bank.before(x[rows.start : rows.end], rows)
-        y: Tensor = self.base(scaled)
-        for rows, bank in pieces:
-            bank.after(x[rows.start : rows.end], y[rows.start : rows.end], self.bias, rows)
-        return y
+        return changed(self.base, x, self.bias, pieces)
 
     def _bank(self, plan: Plan, slots: tuple[int, ...]) -> Bank:
         """The slots' changes as their parameters are now; the banks used last are kept."""
@@ -170,17 +162,17 @@ class SlotLinear(nn.Module):
             self._banks.move_to_end(key)
         else:
             like = next(self.base.parameters(), torch.empty(0, dtype=host.dtype, device=host.device))
-            changes = [self._change(self.deltas[number]) for number in slots]
+            changes = [self.change_of(number) for number in slots]
             self._banks[key] = Bank.of(changes, like.new_empty(0, dtype=host.dtype))
             if len(self._banks) > KEPT_BANKS:
                 self._banks.popitem(last=False)
         return self._banks[key]
 
-    def _change(self, deltas: Sequence[LinearDelta]) -> Change:
+    def change_of(self, slot: int) -> Change:
         """What the deltas of one slot come to together."""
         low_ranks = []
         inputs, outputs, of_bias, offset = None, None, None, None
-        for delta in deltas:
+        for delta in self.deltas[slot]:
             terms = delta.terms()
             inputs, outputs = _product(inputs, terms.input_scale), _product(outputs, terms.output_scale)
             of_bias = _product(of_bias, terms.output_scale if terms.scales_bias else None)
@@ -203,7 +195,7 @@ class SlotLinear(nn.Module):
             return len(tensors) - 1
 
         deltas = self.deltas[span.slot]
-        change = self._change(deltas)
+        change = self.change_of(span.slot)
         ranked = [(k, delta) for k, delta in enumerate(deltas) if delta.terms().a is not None]
         low_ranks = []
         for (number, delta), (a, b, scale) in zip(ranked, change.low_ranks, strict=True):

@@ -6,6 +6,7 @@ reduced to one number per row, and thrown away; backward projects it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,14 @@ class Head:
         own = 0 if self.new is None else self.first + self.new.shape[0]
         return max(self.weight.shape[0], own)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """(…, H) → (…, V) in fp32 (float64 for a float64 base). `out` is memory of that shape and type to use again."""
-        z = torch.nn.functional.linear(hidden, self.weight, self.bias)
+    def logits(
+        self, hidden: Tensor, out: Tensor | None = None, product: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """(…, H) → (…, V) in fp32 (float64 for a float64 base). `out` is memory of that shape and type to use again.
+
+        `product` computes W x + b in another way.
+        """
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias) if product is None else product(hidden)
         if self.new is not None:
             own = torch.nn.functional.linear(hidden, self.new.to(hidden.dtype))
             z = torch.cat([z[..., : self.first], own, z[..., self.first + own.shape[-1] :]], dim=-1)

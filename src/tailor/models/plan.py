@@ -13,7 +13,7 @@ from torch import Tensor
 from tailor.data.packing import Batch, Segment
 from tailor.models.bank import Rows
 from tailor.models.block_attention import Blocks
-from tailor.models.decode import Decoding
+from tailor.models.decode import Decoding, Options
 from tailor.models.kv_cache import KVCache, RowCache
 from tailor.models.prefix import behind_prefixes
 
@@ -40,7 +40,8 @@ class Plan:
 
     `steps` (slot → its own optimizer step) and `training` decide dropout: masks are drawn per sequence from (slot seed,
     step, module, example index), so they do not depend on how sequences were packed or on who else is in the pass.
-    `derived` holds what slots computed from their parameters for this pass.
+    `derived` holds what slots computed from their parameters for this pass, `options` what the model said of its
+    attention, by layer, where sequences were decoded in groups.
     """
 
     segments: tuple[Segment, ...]
@@ -49,12 +50,21 @@ class Plan:
     steps: Mapping[int, int] = field(default_factory=dict)
     training: bool = False
     derived: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    options: dict[int, Options] = field(default_factory=dict, compare=False, repr=False)
     _blocks: dict[tuple[object, ...], Blocks] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def generates(self) -> bool:
         """Whether keys and values of some sequence are kept from pass to pass."""
         return any(cache is not None for cache in self.caches)
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether all it does is to give sequences of a pool one token more."""
+        pairs = zip(self.segments, self.caches, strict=True)
+        return not self.training and all(
+            s.length == 1 and isinstance(cache, RowCache) and cache.length > 0 for s, cache in pairs
+        )
 
     @cached_property
     def beginning(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,9 @@ BASE_SLOT = 0
 """The slot number of rows that belong to no customization."""
 
 ALONE = "full fine-tuning changes the base itself and runs alone: no other slot or technique"
+
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""What torch counts up with every change of a tensor in place."""
 
 Compose = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 
@@ -76,7 +80,7 @@ class Slot:
         self.answer_pattern: str | None = None
         self.votes: Votes | None = None
         self.owns_base = False
-        self._seen: tuple[int, ...] = ()
+        self._seen = (-1, -1)
         self._epoch = 0
 
     @property
@@ -177,7 +181,7 @@ class Slot:
     @property
     def epoch(self) -> int:
         """Counts up whenever a parameter has changed: what was computed from them is kept under it."""
-        now = (self.revision, *(p._version for p in self.parameters.values()))
+        now = (self.revision, sum(map(version_of, self.parameters.values())))
         if now != self._seen:
             self._seen = now
             self._epoch += 1

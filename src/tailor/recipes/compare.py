@@ -23,6 +23,7 @@ from tailor.evaluation.drawing.markdown import render_markdown
 from tailor.evaluation.evaluate import EvalSettings, Progress
 from tailor.evaluation.scores import METRICS, metric_named
 from tailor.evaluation.task import Task, answers_of, find_task, known_answers
+from tailor.machine import describe_machine
 from tailor.objectives import find_objective
 from tailor.recipes.compare_bases import LOADED, check_unchanged, machine_facts, renderings
 from tailor.recipes.compare_cells import Cell, Comparison
@@ -31,7 +32,6 @@ from tailor.recipes.compare_measure import measure
 from tailor.recipes.compare_probes import MERGED, passages, probe
 from tailor.recipes.compare_rows import Rows, read_rows, sizes_of, that_fit, write_sides
 from tailor.recipes.compare_settings import CompareRecipe
-from tailor.recipes.machine import describe_machine
 from tailor.runs import check_run_name, hold, home, versions
 from tailor.store import write_json, write_text
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from tailor.machine import memory
 from tailor.models.base import Base
 from tailor.recipes.compare_bases import LoadedBase
 from tailor.recipes.compare_cells import Comparison, choices, takes_its_row
 from tailor.recipes.compare_rows import Draw
 from tailor.recipes.compare_settings import Entry
-from tailor.recipes.machine import memory
 from tailor.store import write_json
 from tailor.training.estimate import slot_bytes
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from tailor.errors import ConfigError, TailorError
+from tailor.machine import memory, usable_cores
 from tailor.recipes.base_facts import BaseFacts, base_facts
-from tailor.recipes.machine import memory, usable_cores
 from tailor.runs import home
 from tailor.text.messages import Message, assistant, user
 

@@ -26,7 +26,7 @@ from tailor.recipes.hand_over_files import (
     write_weights,
 )
 from tailor.recipes.hand_over_probe import make_probes
-from tailor.recipes.hand_over_routes import Refused, Route, expand, refuse, route, strange_targets
+from tailor.recipes.hand_over_routes import Refused, Route, expand, refuse, route, strange_targets, why_not_on
 from tailor.store import atomic_folder, write_json
 from tailor.techniques.lora import LoRA
 from tailor.text.render import PlainRenderer
@@ -131,7 +131,10 @@ def _route(name: str, artifact: Artifact, base: str | None) -> Route | Refused:
         config = read_config(resolve(where, weights=False))
     except TailorError as error:
         return Refused(name, f"its base cannot be loaded: {error.message}")
-    return route(artifacts.check_name(name), artifact, str(config.model_type))
+    found = route(artifacts.check_name(name), artifact, str(config.model_type))
+    if isinstance(found, Route) and (reason := why_not_on(found, config)):
+        return Refused(name, reason)
+    return found
 
 
 def _by_base(routes: Iterable[Route], base: str | None) -> list[list[Route]]:
@@ -178,7 +181,8 @@ def _write_group(
 def _fitting(one: Route, customized: Customized) -> Route:
     """The route, or that of a merged model where the LoRA sits on layers that vLLM has none for."""
     assert customized.slot is not None
-    if one.weights != "lora" or not (strange := strange_targets(list(customized.slot.deltas))):
+    model_type = customized.base.host.placement.model_type
+    if one.weights != "lora" or not (strange := strange_targets(list(customized.slot.deltas), model_type)):
         return one
     note = f"merged, because vLLM has no LoRA for its targets {', '.join(strange)}"
     return replace(one, weights="merged", notes=(*one.notes, note))

@@ -83,7 +83,7 @@ def said(model: Json, url: str, options: argparse.Namespace) -> str:
             return str(answer["choices"][0]["message"]["content"])
         return str(post(f"{url}/completions", {**body, **asked}, options.api_key)["choices"][0]["text"])
     tokens = post(f"{url.removesuffix('/v1')}/tokenize", {"model": model["model"], **asked}, options.api_key)["tokens"]
-    body |= {"prompt": "", "prompt_embeds": embeddings(model, tokens)}
+    body["prompt_embeds"] = embeddings(model, tokens)  # no "prompt" beside it: an empty one is a 400
     return str(post(f"{url}/completions", body, options.api_key)["choices"][0]["text"])
 
 

@@ -66,7 +66,7 @@ def answer(url: str, model: str, probe: Json, key: str | None, plain: bool = Fal
     """What `model` says to a probe: tokens and logprobs. `plain` leaves its virtual tokens away."""
     body: Json = {"model": model, "max_tokens": len(probe["logprobs"]), "temperature": 0, "logprobs": 1}
     if probe.get("prompt_embeds") and not plain:
-        body |= {"prompt": "", "prompt_embeds": probe["prompt_embeds"]}
+        body["prompt_embeds"] = probe["prompt_embeds"]  # no "prompt" beside it: an empty one is a 400
     else:
         body["prompt"] = probe["prompt"]
     try:
@@ -84,16 +84,21 @@ def same_token(token: str, expected: Json, place: int) -> bool:
 
 
 def difference(found: Json, expected: Json, tie: float) -> float:
-    """Mean |difference| of logprobs up to the first other token; infinite when that was no near-tie."""
+    """Mean |difference| of logprobs up to the first other token; infinite when that was no near-tie.
+
+    In a near-tie the other token is the next likeliest, and its logprob is known by the gap.
+    """
     total, count = 0.0, 0
     for place, (token, logprob) in enumerate(zip(found["tokens"], found["logprobs"], strict=False)):
         if place >= len(expected["logprobs"]):
             break
-        if not same_token(token, expected, place):
-            if expected["gaps"][place] > tie:
-                return math.inf
+        same = same_token(token, expected, place)
+        gap = 0.0 if same else expected["gaps"][place]
+        if gap > tie:
+            return math.inf
+        total, count = total + abs(logprob - (expected["logprobs"][place] - gap)), count + 1
+        if not same:
             break
-        total, count = total + abs(logprob - expected["logprobs"][place]), count + 1
     return total / count if count else 0.0
 
 
@@ -169,7 +174,8 @@ def check_server(server: Json, options: argparse.Namespace, tolerance: float) ->
         missing = model["model"] not in models
         wrong = ["the server does not list it"] if missing else check(url, server, model, options.api_key, tolerance)
         failed += bool(wrong)
-        told = "; ".join(wrong) or ("ok" if model["differs"] else "ok (too near its base to be told from it)")
+        near = model["differs"] is False
+        told = "; ".join(wrong) or ("ok (too near its base to be told from it)" if near else "ok")
         print(f"{'FAIL' if wrong else 'ok  '} {model['name']} at {url}: {told}")
     return failed
 

@@ -63,8 +63,8 @@ class Server:
 def write_lora(folder: Path, lora: LoRA, slot: Slot, base: Base) -> int:
     """Write the adapter as PEFT's files and return its rank.
 
-    vLLM reads neither rank_pattern nor alpha_pattern: with them, every matrix is brought to the largest rank by
-    rows and columns of zeros, and its scale is put into B.
+    vLLM before v0.32 may read neither rank_pattern nor alpha_pattern: with them, every matrix is brought to the largest
+    rank by rows and columns of zeros, and its scale is put into B.
     """
     config, tensors = lora.to_peft(slot)
     if config["rank_pattern"] or config["alpha_pattern"]:
@@ -164,7 +164,8 @@ def write_readme(folder: Path, servers: Sequence[Server], refused: Sequence[Refu
     lines = [
         "# Customizations for vLLM",
         "",
-        "Written by `tailor serve --engine vllm`. vLLM itself was not run here.",
+        "Written by `tailor serve --engine vllm`, for vLLM as of v0.32. It was not run in writing: `check.py` says",
+        "whether what is served is what was made.",
         "",
     ]
     lines += ["| name | server | how |", "|---|---|---|"]
@@ -189,8 +190,8 @@ def write_readme(folder: Path, servers: Sequence[Server], refused: Sequence[Refu
         "",
     ]
     if any(route.soft is not None for server in servers for route in server.routes):
-        lines += ["`--enable-prompt-embeds` lets clients crash the server with tensors of a wrong shape: for trusted"]
-        lines += ["clients only. `ask.py` needs torch and safetensors for soft prompts.", ""]
+        lines += ["`--enable-prompt-embeds` is for trusted clients only: vLLM warns that tensors of a wrong shape may"]
+        lines += ["crash it. `ask.py` needs torch and safetensors for soft prompts.", ""]
     told = [f"{route.name}: {note}" for server in servers for route in server.routes for note in route.notes]
     for title, found in (("Notes", [*told, *notes]), ("Not here", [f"{one.name}: {one.reason}" for one in refused])):
         if found:

@@ -1,8 +1,10 @@
 """Which way a customization goes to vLLM: as a LoRA, a model folder, prompt embeddings, messages; or not at all.
 
-What vLLM takes, as of its main branch in 2026 (v0.27): `vllm/config/lora.py` (ranks), `vllm/lora/peft_helper.py` (no
-DoRA, no modules_to_save; `rank_pattern` and `alpha_pattern` are not read at all), `docs/models/supported_models.md`
-(which architectures take LoRA), `docs/features/prompt_embeds.md`. Its prompt adapters were removed in 2025 (#20588).
+What vLLM takes, as of v0.32: `vllm/config/lora.py` (ranks), `vllm/lora/peft_helper.py` (no DoRA, no modules_to_save, no
+bias; `rank_pattern` and `alpha_pattern` are read, which v0.27 did not), `vllm/lora/lora_model.py` (a target whose last
+name is no linear layer's is an error, one that fits no module otherwise is left out without a word), the
+`packed_modules_mapping` of its models, `vllm/renderers/embed_utils.py` (prompt embeddings). Its prompt adapters were
+removed in 2025 (#20588).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tailor.artifacts.artifact import Artifact
 from tailor.errors import ConfigError, TailorError
@@ -32,11 +34,17 @@ LORA_ARCHITECTURES = frozenset(
 
 LORA_TARGETS = frozenset(
     {
-        *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj"),
-        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"),
+        *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),
+        *("gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
     }
 )
 """Ends of the names of linear layers that vLLM has LoRA for on those architectures."""
+
+PACKED_TARGETS: dict[str, frozenset[str]] = {"phi3": frozenset({"qkv_proj", "gate_up_proj"})}
+"""Ends of the names of packed layers that vLLM takes whole; glm4's gate_up_proj it takes in its two parts only."""
+
+ONE_WINDOW = frozenset({"qwen2", "qwen3"})
+"""Architectures that vLLM does not load when their layers differ in their window."""
 
 Weights = Literal["base", "lora", "merged", "model"]
 """Which weights answer: the base's, the base's with a LoRA, the base's with changes folded in, or the artifact's."""
@@ -107,6 +115,20 @@ def route(name: str, artifact: Artifact, model_type: str) -> Route | Refused:
     return Route(name, artifact, weights, prompting, soft, notes)
 
 
+def why_not_on(found: Route, config: Any) -> str | None:
+    """Why vLLM cannot serve this route on a base of this configuration (transformers'); None when it can."""
+    model_type = str(config.model_type)
+    if model_type in ONE_WINDOW and len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return f"its base has a sliding window in some layers only, and vLLM's {model_type} has none for that"
+    width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    if found.soft is not None and width != config.hidden_size:
+        return (
+            f"{found.soft.type}: its base's embeddings have {width} numbers, and vLLM takes prompt embeddings of the "
+            f"hidden size, {config.hidden_size}, only"
+        )
+    return None
+
+
 def _why_not(techniques: Sequence[Technique]) -> str | None:
     """Why vLLM cannot serve these techniques; None when it can."""
     for technique in techniques:
@@ -175,9 +197,10 @@ def largest_rank(lora: LoRA) -> int:
     return max([lora.rank, *lora.rank_pattern.values()]) * (2 if lora.init == "pissa" else 1)
 
 
-def strange_targets(names: Sequence[str]) -> list[str]:
-    """Of the names of linear layers, the ends that vLLM has no LoRA for."""
-    return sorted({name.rpartition(".")[2] for name in names} - LORA_TARGETS)
+def strange_targets(names: Sequence[str], model_type: str) -> list[str]:
+    """Of the names of linear layers, the ends that vLLM has no LoRA for on this architecture."""
+    taken = LORA_TARGETS | PACKED_TARGETS.get(model_type, frozenset())
+    return sorted({name.rpartition(".")[2] for name in names} - taken)
 
 
 def max_lora_rank(ranks: Sequence[int]) -> int:

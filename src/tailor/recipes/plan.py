@@ -14,9 +14,9 @@ from tailor.config import load_recipe
 from tailor.data.dataset import Dataset, load_dataset
 from tailor.errors import ConfigError, ResourceError, TailorError
 from tailor.evaluation.drawing.quantities import size
+from tailor.machine import memory as main_memory
 from tailor.models.base import dtype_name
 from tailor.models.files import EMBEDDED
-from tailor.recipes.machine import memory as main_memory
 from tailor.recipes.plan_estimate import Sketch, TuneEstimate, estimate_tune, longest, sketch_tune
 from tailor.recipes.tune_settings import TuneRecipe
 from tailor.runs import home

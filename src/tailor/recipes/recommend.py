@@ -26,10 +26,10 @@ from tailor.data.records import (
 from tailor.errors import ConfigError
 from tailor.evaluation.task import answers_of, find_task
 from tailor.inference.hosted_endpoint import hosted_endpoint
+from tailor.machine import memory as system_memory
 from tailor.models.files import absolute_name, is_hosted
 from tailor.objectives import OBJECTIVES
 from tailor.recipes.base_facts import BaseFacts, base_facts
-from tailor.recipes.machine import memory as system_memory
 from tailor.recipes.recommend_evidence import Ranking, measured, rank
 from tailor.recipes.recommend_rule import Changes, Choice, Facts, Standing
 from tailor.runs import home

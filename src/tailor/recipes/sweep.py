@@ -18,9 +18,9 @@ from tailor.data.dataset import load_dataset
 from tailor.errors import ConfigError, ConflictError, DataError, NotFoundError, TailorError, nearest
 from tailor.evaluation.drawing.sweep_page import render_sweep, settings_of
 from tailor.evaluation.evaluate import Progress
+from tailor.machine import describe_machine
 from tailor.models.base import Base, dtype_name, load_base
 from tailor.objectives import check_consumed, find_objective
-from tailor.recipes.machine import describe_machine
 from tailor.recipes.sweep_report import build_report
 from tailor.recipes.sweep_settings import SweepRecipe
 from tailor.recipes.sweep_study import JOURNAL, TrialStudy

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from tailor.artifacts import artifact as artifacts
 from tailor.config import load_recipe
 from tailor.errors import ConfigError
 from tailor.models.base import Base, load_base
 from tailor.recipes.hosted_prompting import check_not_hosted
+from tailor.recipes.tune_checkpoints import check_free
 from tailor.recipes.tune_prepare import check_unchanged, new_run, prepare, read_rows, recipe_of
 from tailor.recipes.tune_save import TuneResult, save
 from tailor.recipes.tune_settings import TuneRecipe
@@ -29,7 +29,7 @@ def tune(
     `resume` goes on from there. `tune_many` trains several recipes of one base in the same passes.
     """
     recipe = read_recipe(recipe, overrides)
-    artifacts.check_free(recipe.output.name, recipe.output.force, recipe.added_task)
+    check_free(recipe)
     recipe = recipe.absolute()
     check_not_hosted(recipe)
     rows = read_rows(recipe, quiet=quiet)

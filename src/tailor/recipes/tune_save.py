@@ -48,18 +48,7 @@ def save(
     shared_with: Sequence[str] = (),
 ) -> TuneResult:
     """Write the artifact of a slot, trained or not; `shared_with` names the runs that were trained in its passes."""
-    recipe = prepared.recipe
-    facts: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json"),
-        "objective": recipe.objective,
-        "data": {
-            "content_hash": prepared.dataset.content_hash,
-            "num_train": len(prepared.train),
-            "num_validation": len(prepared.validation),
-        },
-        "labels": labels_of(prepared.dataset.train),
-        "notes": list(prepared.notes),
-    }
+    recipe, facts = prepared.recipe, facts_of(prepared)
     seconds = 0.0
     if slot_run is not None and run is not None:
         seconds = sum(float(line.get("seconds", 0.0)) for line in run.metrics())
@@ -71,6 +60,21 @@ def save(
     if recipe.output.verify:
         artifact = artifacts.update_manifest(artifact, parity=_parity(artifact, prepared))
     return TuneResult(artifact, run, prepared.dataset, prepared.base, prepared.slot, seconds)
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What `tailor.json` says of where an artifact comes from."""
+    return {
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "objective": prepared.recipe.objective,
+        "data": {
+            "content_hash": prepared.dataset.content_hash,
+            "num_train": len(prepared.train),
+            "num_validation": len(prepared.validation),
+        },
+        "labels": labels_of(prepared.dataset.train),
+        "notes": list(prepared.notes),
+    }
 
 
 def _metrics(prepared: Prepared, slot_run: SlotRun, seconds: float) -> dict[str, Any]:

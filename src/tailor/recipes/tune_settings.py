@@ -15,6 +15,9 @@ from tailor.techniques import Technique, TechniqueList
 from tailor.techniques.soft_prompt import tasks_of
 from tailor.training.settings import TrainSettings
 
+MAX_NAME_WITH_CHECKPOINTS = 80
+"""Letters of an artifact's name that leave room for `-step-N` behind it."""
+
 
 class BaseSettings(Strict):
     """The `base` block; a plain name will do."""
@@ -46,6 +49,9 @@ class OutputSettings(Strict):
     name: str = Field(description="the artifact's name")
     force: bool = Field(False, description="replace an artifact of that name (with add: the task of that name)")
     add: bool = Field(False, description="add the technique's task to the prompt table of that name, or begin one")
+    checkpoints: int = Field(
+        0, ge=0, description="states at the ends of the last epochs to save too, as artifacts NAME-step-N"
+    )
     verify: bool = Field(True, description="prove at the end that what was trained is what is served")
 
 
@@ -81,6 +87,23 @@ class TuneRecipe(Strict):
         if len(tasks) > 1:
             raise ValueError(f"tasks are trained one by one ({', '.join(tasks)}): add each with output.add=true")
         return self
+
+    @model_validator(mode="after")
+    def _checkpoints_are_of_what_is_attached_and_trained(self) -> Self:
+        if not self.output.checkpoints:
+            return self
+        if not self.can_keep_checkpoints:
+            kinds = "+".join(technique.type for technique in self.technique)
+            raise ValueError(f"output.checkpoints keeps states of what is trained on a frozen base; {kinds} is not")
+        if len(self.output.name) > MAX_NAME_WITH_CHECKPOINTS:
+            raise ValueError(f"output.checkpoints needs a name of up to {MAX_NAME_WITH_CHECKPOINTS} letters")
+        return self
+
+    @property
+    def can_keep_checkpoints(self) -> bool:
+        """Whether states on the way are small enough to keep: not a whole model each, and something is trained."""
+        traits = [technique.traits for technique in self.technique]
+        return all(one.frozen_base for one in traits) and any(one.defaults is not None for one in traits)
 
     @property
     def added_task(self) -> str | None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from tailor.artifacts import artifact as artifacts
 from tailor.errors import ConfigError, ConflictError, TailorError
 from tailor.models.base import Base, dtype_name, load_base, pick_device, pick_dtype
 from tailor.recipes.tune import read_recipe
+from tailor.recipes.tune_checkpoints import check_free
 from tailor.recipes.tune_prepare import Prepared, check_unchanged, new_run, prepare, read_rows, recipe_of
 from tailor.recipes.tune_save import TuneResult, save
 from tailor.recipes.tune_settings import TuneRecipe
@@ -65,7 +65,7 @@ def tune_many(
     if base is None:
         _check_one_base(titles, read)
     for recipe in read:
-        artifacts.check_free(recipe.output.name, recipe.output.force, recipe.added_task)
+        check_free(recipe)
     read = [recipe.absolute() for recipe in read]
     prepared = _prepare_all(read, base, quiet=quiet)
     outcomes = {part.recipe.output.name: _saved(part) for part in prepared if not part.slot.parameters}

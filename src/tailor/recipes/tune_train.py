@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from tailor.errors import InterruptedRunError, ResourceError
+from tailor.recipes.tune_checkpoints import keep_state, save_states
 from tailor.recipes.tune_prepare import Prepared
-from tailor.recipes.tune_save import TuneResult, save
+from tailor.recipes.tune_save import TuneResult, facts_of, save
 from tailor.runs import Run, Status
 from tailor.training.checkpoint import load_checkpoint, save_checkpoint
 from tailor.training.interrupt import StopRequest, stop_on_signal
@@ -49,6 +50,10 @@ class _Job:
     @property
     def name(self) -> str:
         return self.slot_run.name
+
+    def keep(self) -> None:
+        """Keep the state of an epoch that has just ended, where the recipe wants that."""
+        keep_state(self.prepared, self.run, self.slot_run)
 
     def checkpoint(self) -> None:
         save_checkpoint(self.run.folder, [self.slot_run])
@@ -131,6 +136,8 @@ def _loop(
         while jobs:
             if not trainer.done:
                 trainer.step()
+                for job in jobs:
+                    job.keep()
             request.stop_if_asked(lambda: _save_all(jobs), *_stopped(jobs, resumed_by))
             for job in list(jobs):
                 if not job.slot_run.active or job.slot_run.step % job.slot_run.resolved.checkpoint_every == 0:
@@ -170,12 +177,19 @@ def ended(name: str, run: Run | None, save: Callable[[], TuneResult]) -> Outcome
 def _settled(job: _Job, others: Sequence[str]) -> Outcome:
     """Bake and save what a job has come to, or take down why it failed."""
     run, slot_run = job.run, job.slot_run
-    outcome = ended(job.name, run, lambda: save(job.prepared, run, slot_run, finish(slot_run), shared_with=others))
+    outcome = ended(job.name, run, lambda: _saved(job, others))
     if outcome.result is None:
         run.set_status("failed", error=str(outcome.error))
     else:
         run.set_status("finished", artifact=outcome.result.artifact.name, best_step=slot_run.best_step)
     return outcome
+
+
+def _saved(job: _Job, others: Sequence[str]) -> TuneResult:
+    """The artifact last: when it is there, so are its checkpoints."""
+    training_state = finish(job.slot_run)
+    save_states(job.prepared, job.run, job.slot_run, facts_of(job.prepared))
+    return save(job.prepared, job.run, job.slot_run, training_state, shared_with=others)
 
 
 def _does_not_fit(jobs: Sequence[_Job]) -> ResourceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,12 @@ def create_app(
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    """The answer to an error that is known. Faults of the server's own stand in its log, with paths and hints."""
+    answer = as_api_error(error)
+    if answer.status == 500:
+        told = f"{error} ({error.hint})" if isinstance(error, TailorError) and error.hint else str(error)
+        print(f"{request.state.request_id} {request.method} {request.url.path}: {told}", file=sys.stderr)
+    return answer.response()
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings, ring: KeyRing, meters: Meters) -> None:

@@ -73,10 +73,14 @@ async def read(service: Service, settings: ServerSettings, body: ChatRequest, *,
     await service.warm(body.model)
     check_count(body.n or 1, settings.max_choices, "n")
     ignored = ignored_of(body)
+    if body.reasoning_effort is not None and not service.takes_effort(body.model):
+        ignored.append("reasoning_effort")
     if body.store and not records:
         ignored.append("store")
     tools, structure = toolbox_of(body), structure_of(body)
-    request = asked(messages_of(body.messages), tools=tools.schemas, task=task_of(body.tailor))
+    request = asked(
+        messages_of(body.messages), tools=tools.schemas, task=task_of(body.tailor), effort=body.reasoning_effort
+    )
     longest = body.max_completion_tokens or body.max_tokens or await _room(service, body.model, request)
     if tools.functions:
         await _check_template(service, body.model, request)

@@ -15,11 +15,13 @@ from starlette.responses import JSONResponse
 from tailor.errors import (
     AuthError,
     ConflictError,
+    DamageError,
     MissingDependencyError,
     NotFoundError,
     OverloadedError,
     ResourceError,
     TailorError,
+    UnavailableError,
 )
 
 NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
@@ -105,6 +107,9 @@ def storage_full() -> ApiError:
 
 
 def _of_tailor(error: TailorError) -> ApiError:
+    if isinstance(error, UnavailableError):  # its words are for the server's log
+        message = "The server's database does not answer for now."
+        return ApiError(503, message, code="database_unavailable", headers={"retry-after": "2"})
     message = without_paths(error.message if error.hint is None else f"{error.message} ({error.hint})")
     if isinstance(error, OverloadedError):
         return ApiError(503, message, code="overloaded", headers={"retry-after": "1"})
@@ -116,6 +121,8 @@ def _of_tailor(error: TailorError) -> ApiError:
         return ApiError(409, message, code="conflict", headers=NO_RETRY)
     if isinstance(error, AuthError):
         return ApiError(403, message, code="model_not_allowed")
+    if isinstance(error, DamageError):  # the client did nothing wrong, and cannot mend it
+        return ApiError(500, message, code="model_damaged", headers=NO_RETRY)
     if isinstance(error, MissingDependencyError):
         return ApiError(500, message, code=error.code, headers=NO_RETRY)
     if type(error) is TailorError:  # the root alone: the engine ended under the request

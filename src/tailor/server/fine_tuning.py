@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from tailor.errors import ConflictError, NotFoundError
 from tailor.jobs.tables import Job
 from tailor.server.errors import NO_RETRY, ApiError, invalid
-from tailor.server.fine_tuning_jobs import FineTuning
+from tailor.server.fine_tuning_jobs import FineTuning, is_there
 from tailor.server.job_events import checkpoints_of, event_object, event_stream, since
 from tailor.server.protocol_jobs import (
     CheckpointList,
@@ -112,14 +112,16 @@ def _add_history(router: APIRouter, jobs: FineTuning, heartbeat: float) -> None:
 
     @router.get("/{job_id}/checkpoints", response_model=CheckpointList)
     def list_checkpoints(job_id: str, after: str | None = None, limit: Limit = 10) -> CheckpointList:
-        """The states of a job that can be used: the one that is its model."""
-        found = checkpoints_of(_job(jobs, job_id))
+        """A page of the states of a job that can be used, newest first: its model, and the ends of its last epochs."""
+        found = checkpoints_of(_job(jobs, job_id), is_there)
         if after is not None:
-            if after not in [checkpoint.id for checkpoint in found]:
+            ids = [checkpoint.id for checkpoint in found]
+            if after not in ids:
                 raise ApiError(404, "No such checkpoint of this job.", code="checkpoint_not_found", param="after")
-            found = []
-        first = found[0].id if found else None
-        return CheckpointList(data=found[:limit], first_id=first, last_id=first, has_more=False)
+            found = found[ids.index(after) + 1 :]
+        page = found[:limit]
+        first, last = (page[0].id, page[-1].id) if page else (None, None)
+        return CheckpointList(data=page, first_id=first, last_id=last, has_more=len(found) > limit)
 
 
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}

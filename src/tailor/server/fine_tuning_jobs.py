@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -18,8 +19,9 @@ from typing import Any
 
 from tailor.artifacts import artifact as artifacts
 from tailor.config import write_resolved
-from tailor.errors import ConflictError, TailorError
+from tailor.errors import ConflictError, TailorError, UnavailableError
 from tailor.jobs.outcome import run_of
+from tailor.jobs.process import take_lock
 from tailor.jobs.queue import Queue
 from tailor.jobs.tables import Job, NewJob, new_id
 from tailor.jobs.worker import folder_of
@@ -39,7 +41,7 @@ from tailor.server.fine_tuning_recipe import (
     starting_point,
 )
 from tailor.server.fine_tuning_rows import Refused, check_rows
-from tailor.server.job_events import results_csv, step_metrics
+from tailor.server.job_events import STEP, kept, model_of_checkpoint, results_csv
 from tailor.server.protocol_jobs import RESULTS, CreateJob, FineTuningJob, JobError, JobHyperparameters
 from tailor.store import text_hash
 
@@ -151,28 +153,44 @@ class FineTuning:
             self._wake.clear()
             try:
                 self.check_waiting()
-            except Exception:  # the database may be away for a while
+            except UnavailableError:  # the database says so itself
+                pass
+            except Exception:
                 log.exception("the files of new jobs could not be checked; trying again")
             self._wake.wait(LOOK_SECONDS)
 
     def check_waiting(self) -> None:
-        """Check the files of every new job: those that are good are queued, the others have failed."""
+        """Check the files of every new job: those that are good are queued, the others have failed.
+
+        What another server on this machine is at is left to it; one elsewhere may do it a second time, to no effect.
+        Raises UnavailableError, which says nothing about a job.
+        """
         for job in self.queue.with_status("validating_files"):
             if self._stopping:
                 return
+            self._check_one(job)
+
+    def _check_one(self, job: Job) -> None:
+        try:
+            lock = take_lock(folder_of(job.id) / "checking", seconds=0)
+            if lock is None:
+                return
             try:
-                self._check(job)
-            except Refused as error:
-                self.queue.refused(job.id, error.facts)
-            except ApiError as error:
-                facts = {"code": error.code or "invalid_value", "message": error.message, "param": error.param}
-                self.queue.refused(job.id, facts)
-            except Exception as error:
-                log.exception("the files of job %s could not be checked", job.id)
-                told = (
-                    without_paths(error.message) if isinstance(error, TailorError) else "The files cannot be checked."
-                )
-                self.queue.refused(job.id, {"code": "internal_error", "message": told, "param": None})
+                if self.queue.get(job.id).status == "validating_files":
+                    self._check(job)
+            finally:
+                os.close(lock)
+        except UnavailableError:
+            raise
+        except Refused as error:
+            self.queue.refused(job.id, error.facts)
+        except ApiError as error:
+            facts = {"code": error.code or "invalid_value", "message": error.message, "param": error.param}
+            self.queue.refused(job.id, facts)
+        except Exception as error:
+            log.exception("the files of job %s could not be checked", job.id)
+            told = without_paths(error.message) if isinstance(error, TailorError) else "The files cannot be checked."
+            self.queue.refused(job.id, {"code": "internal_error", "message": told, "param": None})
 
     def _check(self, job: Job) -> None:
         request = CreateJob.model_validate(job.facts["request"])
@@ -209,8 +227,10 @@ class FineTuning:
             except FileNotFoundError:
                 self.files.get(file_id, param)
                 raise
+            except FileExistsError:  # another server was faster
+                continue
             except OSError:  # another disk, or one without links
-                draft = folder / f".{name}.tmp"
+                draft = folder / f".{name}.{secrets.token_hex(4)}.tmp"
                 shutil.copyfile(path, draft)
                 draft.rename(folder / name)
 
@@ -222,12 +242,14 @@ class FineTuning:
         lines = run.metrics() if run is not None else []
         file_id = f"file-{text_hash(job.id)[:24]}"
         self.files.add(results_csv(lines), filename="step_metrics.csv", purpose=RESULTS, id=file_id)
-        best = next((line for line in lines if line["step"] == metrics.get("best_step")), lines[-1] if lines else None)
+        steps = {step: one.name for step, one in artifacts.checkpoints(job.name).items()}
+        measured = metrics.get("validation_loss") is not None
+        best = metrics.get("best_step" if measured else "num_steps", 0)
         return {
             "artifact": job.name,
             "result_files": [file_id],
             "trained_tokens": metrics.get("num_tokens", 0),
-            "checkpoint": _json(step_metrics(best)) if best is not None else {"step": 0},
+            "checkpoints": [_json(facts) for facts in kept(best, steps, job.name, lines)],
         }
 
     def artifact_of(self, model: str) -> str | None:
@@ -235,19 +257,20 @@ class FineTuning:
         if model not in self._made:
             if not model.startswith("ft:") or len(model) > 400 or not model.isprintable():
                 return None
-            job = self.queue.of_model(model)
+            job = self.queue.of_model(model.partition(STEP)[0])
             if job is None or job.status != "succeeded":
                 return None
-            self._made[model] = job.name
-        name = self._made[model]
-        return name if (home() / "artifacts" / name / artifacts.MANIFEST).is_file() else None
+            self._made |= _models_of(job)
+        name = self._made.get(model)
+        return name if name is not None and is_there(name) else None
 
     def fine_tuned(self) -> list[FineTuned]:
-        """All models that jobs have made and that are still there, oldest first."""
+        """All models that jobs have made, checkpoints included, and that are still there, oldest first."""
         return [
-            FineTuned(job.model, job.name, job.facts["request"]["model"], job.id, job.finished_at or job.created_at)
+            FineTuned(model, name, job.facts["request"]["model"], job.id, job.finished_at or job.created_at)
             for job in self.queue.with_status("succeeded")
-            if self.artifact_of(job.model) is not None
+            for model, name in _models_of(job).items()
+            if is_there(name)
         ]
 
     def show(self, job: Job) -> FineTuningJob:
@@ -281,6 +304,17 @@ class FineTuning:
         )
 
 
+def is_there(name: str) -> bool:
+    """Whether there is an artifact of this name."""
+    return (home() / "artifacts" / name / artifacts.MANIFEST).is_file()
+
+
+def _models_of(job: Job) -> dict[str, str]:
+    """The models that a job has made, and their artifacts."""
+    kept = (job.result or {}).get("checkpoints", ())
+    return {job.model: job.name, **{model_of_checkpoint(job, facts): facts["artifact"] for facts in kept}}
+
+
 def _error(job: Job) -> JobError | None:
     if job.error is None:
         return None
@@ -304,4 +338,4 @@ def _estimated_finish(job: Job) -> int | None:
 
 def _json(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Without numbers that JSON has none of."""
-    return {key: value if value is None or abs(value) < float("inf") else None for key, value in metrics.items()}
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from tailor.artifacts import artifact as artifacts
 from tailor.config import Strict
-from tailor.errors import TailorError, nearest
+from tailor.errors import DamageError, TailorError, nearest
 from tailor.explain import explain
 from tailor.objectives import OBJECTIVES
 from tailor.recipes.tune_settings import BaseSettings, TuneRecipe
@@ -38,6 +38,9 @@ NUMBERS = {
 }
 _ENVIRONMENT = "${env:"
 
+KEPT_EPOCHS = 3
+"""The last states at the ends of epochs that a job's checkpoints are, as many as OpenAI keeps."""
+
 
 class FineTuningSettings(Strict):
     """How jobs are taken."""
@@ -62,6 +65,8 @@ def starting_point(model: str, bases: Bases, artifact_of: Callable[[str], str | 
         return Start(served[model])
     try:
         artifact = artifacts.find(artifacts.check_name(artifact_of(model) or model))
+    except DamageError:
+        raise
     except TailorError:
         raise _no_model(model, served) from None
     if artifact.is_base:
@@ -148,7 +153,11 @@ def recipe_of(
         data["data"]["validation"] = str(files[1])
     if start.artifact is not None:
         data["start"] = start.artifact.name
-    return _checked(data)
+    recipe = _checked(data)
+    if not recipe.can_keep_checkpoints:  # a whole model for each would be a burden
+        return recipe
+    output = recipe.output.model_copy(update={"checkpoints": KEPT_EPOCHS})
+    return recipe.model_copy(update={"output": output})
 
 
 def _given(request: CreateJob) -> Mapping[str, Any]:
@@ -216,7 +225,7 @@ def names_of(model: str, start: Start, suffix: str | None, organization: str, ta
     base = model.split(":")[1] if model.startswith("ft:") and model.count(":") >= 4 else model
     base = _slug(re.split(r"[/\\]", base)[-1]) or "base"
     ending = _slug(suffix or "")
-    artifact = "-".join(part for part in ("ft", base[:40], ending[:40], tail) if part)
+    artifact = "-".join(part for part in ("ft", base[:32], ending[:32], tail) if part)
     return f"ft:{base}:{organization}:{ending}:{tail}", artifacts.check_name(artifact)
 
 

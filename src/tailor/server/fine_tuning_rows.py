@@ -17,6 +17,8 @@ from tailor.techniques.soft_prompt import templates_of
 from tailor.techniques.technique import training_defaults
 from tailor.training.settings import resolve_settings
 
+MAX_STEPS = (1 << 31) - 1
+
 
 class Refused(Exception):
     """Files that a job cannot be done with; `facts` are its error."""
@@ -53,6 +55,9 @@ def check_rows(recipe: TuneRecipe, min_rows: int) -> Numbers:
     if not trained:
         return Numbers(1, 1, None, told)
     resolved = resolve_settings(recipe.train, training_defaults(trained), len(dataset.train), embedding_rms=1.0)
+    if resolved.num_steps > MAX_STEPS:
+        message = f"The job would take {resolved.num_steps} steps; it may take up to {MAX_STEPS}."
+        raise Refused("invalid_value", message, "hyperparameters")
     epochs = max(1, round(resolved.num_steps * resolved.batch_size / len(dataset.train)))
     return Numbers(epochs, resolved.batch_size, resolved.num_steps, told)
 

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +22,8 @@ from tailor.server.stream import DONE, PING, Stopping
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 RETRY = b"retry: 3000\n\n"
 POLL_SECONDS = 0.5
+STEP = ":ckpt-step-"
+"""What stands between a model's id and the step of one of its checkpoints."""
 
 
 def event_object(event: Event) -> FineTuningEvent:
@@ -55,22 +57,36 @@ def results_csv(lines: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def checkpoints_of(job: Job) -> list[Checkpoint]:
-    """The one state that a job leaves: the best one, as its model."""
-    result = job.result
-    if job.status != "succeeded" or result is None or not result.get("checkpoint"):
-        return []
-    found = result["checkpoint"]
+def kept(best: int, steps: Mapping[int, str], artifact: str, lines: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What a job is to remember of its states: of each its artifact and its step's numbers, oldest first.
+
+    `best` is the step whose state is the job's `artifact`; `steps` are the other artifacts.
+    """
+    logged = {line["step"]: line for line in lines}
+    found = {**steps, best: artifact}
+    return [{"artifact": found[n], **step_metrics(logged.get(n, {"step": n}))} for n in sorted(found)]
+
+
+def checkpoints_of(job: Job, is_there: Callable[[str], bool]) -> list[Checkpoint]:
+    """The states of a job that can be used, newest first: that which is its model, and the ends of its last epochs."""
+    result = job.result or {}
     return [
         Checkpoint(
-            id=f"ftckpt_{job.id.removeprefix('ftjob-')}",
+            id=f"ftckpt_{job.id.removeprefix('ftjob-')}{facts['step']}",
             created_at=job.finished_at or job.created_at,
-            fine_tuned_model_checkpoint=job.model,
+            fine_tuned_model_checkpoint=model_of_checkpoint(job, facts),
             fine_tuning_job_id=job.id,
-            metrics=CheckpointMetrics(**found),
-            step_number=found["step"],
+            metrics=CheckpointMetrics(**{key: value for key, value in facts.items() if key != "artifact"}),
+            step_number=facts["step"],
         )
+        for facts in reversed(result.get("checkpoints", ()))
+        if is_there(facts["artifact"])
     ]
+
+
+def model_of_checkpoint(job: Job, facts: Mapping[str, Any]) -> str:
+    """What a checkpoint is asked for by: the job's model itself, or a step of it."""
+    return job.model if facts["artifact"] == job.name else f"{job.model}{STEP}{facts['step']}"
 
 
 def since(queue: Queue, job_id: str, last_event: str | None) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter
 
 from tailor.errors import ConflictError
-from tailor.server.errors import ApiError, without_paths
+from tailor.server.errors import NO_RETRY, ApiError, without_paths
 from tailor.server.responses import DeletedModel, Model, ModelList
 
 if TYPE_CHECKING:
@@ -45,12 +45,16 @@ def model_router(service: Service) -> APIRouter:
 
     @router.delete("/v1/models/{model:path}", response_model=DeletedModel)
     async def delete_model(model: str) -> DeletedModel:
-        """Delete an artifact for good. Bases are protected."""
+        """Delete an artifact for good. Bases are protected, and so are files that were loaded from elsewhere."""
         card = service.card(model)
         try:
             await service.delete(card.id)
         except ConflictError as error:
-            raise ApiError(403, without_paths(error.message), code="base_model_protected", param="model") from error
+            told = without_paths(error.message)
+            if card.kind == "base":
+                raise ApiError(403, told, code="base_model_protected", param="model") from error
+            message = f"{told} (POST /v1/unload_lora_adapter)"
+            raise ApiError(409, message, code="adapter_not_deletable", param="model", headers=NO_RETRY) from error
         return DeletedModel(id=card.id, object="model", deleted=True)
 
     return router

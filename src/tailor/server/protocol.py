@@ -264,7 +264,9 @@ class ChatRequest(Sampling):
     verbosity: JsonValue = Field(None, description="ignored")
     prediction: JsonValue = Field(None, description="ignored")
     moderation: JsonValue = Field(None, description="ignored")
-    reasoning_effort: JsonValue = Field(None, description="ignored")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="the thinking switch of the model's chat template; ignored where it has none"
+    )
     modalities: list[str] | None = None
     audio: JsonValue = Field(None, description="refused")
     web_search_options: JsonValue = Field(None, description="refused")
@@ -275,7 +277,7 @@ class ChatRequest(Sampling):
 
 IGNORED = (
     *("service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-    *("verbosity", "prediction", "moderation", "reasoning_effort"),
+    *("verbosity", "prediction", "moderation"),
 )
 """Taken, named in the header x-ignored-params, and without effect."""
 

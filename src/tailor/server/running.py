@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import threading
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -58,6 +61,45 @@ class Server(uvicorn.Server):
     def bound_port(self) -> int:
         """The port it listens on, once it does."""
         return int(self.servers[0].sockets[0].getsockname()[1])
+
+
+def run_beside(
+    server: Server, sockets: list[socket.socket], work: Callable[[], None], stop: Callable[[], None]
+) -> None:
+    """Run the server in a thread, and in this one, the main thread, `work`, which ends after `stop`.
+
+    A signal ends the server in order, a second Ctrl-C at once; then it is raised again. Raises what the server raised.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run(sockets=sockets)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            stop()
+
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        server.handle_exit(number, frame)
+
+    thread = threading.Thread(target=run, name="http")
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        thread.start()
+        work()
+    finally:
+        server.should_exit = True
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed:
+        raise failed[0]
+    for again in reversed(received):
+        signal.raise_signal(again)
 
 
 def listen(settings: ServerSettings) -> socket.socket:

@@ -26,7 +26,7 @@ class ServerSettings(Strict):
     heartbeat: float = Field(12.0, gt=0, description="seconds of silence after which a stream sends a comment")
     grace: float = Field(10.0, ge=0, description="seconds that running requests may go on when the server stops")
     adapter_folders: tuple[Path, ...] = Field((), description="where load_lora_adapter may read beside the artifacts")
-    database: str | None = Field(None, description="URL of the database of files and jobs; None: in TAILOR_HOME")
+    database: str | None = Field(None, repr=False, description="URL of files and jobs; None: in TAILOR_HOME")
     record: bool = Field(False, description="record chat completions that are sent with `store`")
     record_all: bool = Field(False, description="record every chat completion, not only those sent with `store`")
     redact: tuple[str, ...] = Field((), description="what is removed before anything is recorded: names or patterns")

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from tailor.feedback.feedback import FeedbackLog
 from tailor.feedback.redact import redactor
-from tailor.jobs.database import open_database
+from tailor.jobs.database import claim_home, open_database
 from tailor.jobs.queue import Queue
 from tailor.jobs.worker import Worker, WorkerSettings
 from tailor.recipes.tune_settings import BaseSettings
@@ -31,6 +31,7 @@ class Workshop:
 
     def __init__(self, bases: Mapping[str, BaseSettings], settings: ServerSettings, worker: WorkerSettings) -> None:
         engine = open_database(settings.database)
+        claim_home(engine)
         queue = Queue(engine)
         self.files = FileStore(engine, FileSettings(max_bytes=settings.max_upload_bytes))
         self.jobs = FineTuning(queue, self.files, lambda: bases)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tailor.models.bank import Rows, stacked
 from tailor.models.block import BlockDelta, Change, Together
+from tailor.models.packed import Weight
 from tailor.models.placement import Block
 from tailor.models.slots import Slot
 from tailor.techniques.technique import Defaults, Technique, Traits
@@ -180,25 +181,29 @@ class Adapter(Technique):
         ranks = tuple(own["down.weight"].shape[0] for own in every)
         down = torch.cat([own["down.weight"] for own in every])
         down_bias = torch.cat([own["down.bias"] for own in every]) if self.bias else None
-        up = torch.cat([own["up.weight"] for own in every], dim=1)
+        if self.norm == "pre":  # down(x ⊙ gain + offset) = (down ⊙ gain) x + down · offset: each adapter's own rows
+            gains, offsets = ([own[key].expand_as(own["down.weight"]) for own in every] for key in NORM)
+            moved = (down * torch.cat(offsets)).sum(dim=1)
+            down, down_bias = down * torch.cat(gains), moved if down_bias is None else down_bias + moved
+        into, out = Weight(down, down_bias), Weight(torch.cat([own["up.weight"] for own in every], dim=1))
         rows_of = {key: stacked([own.get(key) for own in every], 0.0, like) for key in ("up.bias", *NORM)}
 
-        def normed(x: Tensor, rows: Rows) -> Tensor:
-            x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-            gain, offset = (rows_of[key].index_select(0, rows.members) for key in NORM)  # type: ignore[union-attr]
-            return torch.addcmul(offset, x, gain)
-
-        def change(inputs: Tensor, outputs: Tensor, rows: Rows) -> Tensor:
+        def change(inputs: Tensor, outputs: Tensor, rows: Rows) -> None:
             x = outputs if self.form == "sequential" else inputs
             if self.norm == "pre":
-                x = normed(x, rows)
-            inner = activation(F.linear(x, down, down_bias)).masked_fill(rows.foreign(ranks), 0)
-            x = F.linear(inner, up)
+                x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+            inner = activation(into(x)).masked_fill(rows.foreign(ranks), 0)
+            if self.norm != "post" and rows_of["up.bias"] is None:
+                out.add(outputs, inner, self.scale)
+                return
+            x = out(inner)
             if (bias := rows_of["up.bias"]) is not None:
-                x = x + bias.index_select(0, rows.members)
+                x = x + rows.pick(bias)
             if self.norm == "post":
-                x = normed(x, rows)
-            return x if self.scale == 1.0 else self.scale * x
+                x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+                gain, offset = (rows.pick(rows_of[key]) for key in NORM)  # type: ignore[arg-type]
+                x = torch.addcmul(offset, x, gain)
+            outputs.add_(x, alpha=self.scale)
 
         return change
 

@@ -8,6 +8,7 @@ was trained is what is served.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,14 @@ Marks = Mapping[str, Sequence[int]]
 """Marker in the text → the ids that stand there. Who gives them has seen to it that no text of a row holds one."""
 
 NO_MARKS: Marks = MappingProxyType({})
+
+
+SWITCHES: tuple[tuple[str, bool | str, bool | str], ...] = (
+    ("enable_thinking", False, True),  # Qwen 3, SmolLM 3
+    ("thinking", False, True),  # DeepSeek 3.1, Granite 3.2
+    ("reasoning_effort", "low", "high"),  # GPT-OSS
+)
+"""Variables by which chat templates let a model think first: the name, and two values that make a difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._efforts: dict[str, ChatRenderer | None] = {}
         probe = "Probe"
         turns = [Message("user", "Hi"), Message("assistant", probe)]
         opened, closed = self._text(turns[:1], (), True), self._text(turns, (), False)
@@ -154,6 +164,31 @@ class ChatRenderer:
     def parse(self, token_ids: Sequence[int]) -> Message:
         text = self.tokenizer.decode(before_stop(token_ids, self.stop), continues=True)
         return Message("assistant", text.removeprefix(self.lead).removesuffix(self.trail))
+
+    def at_effort(self, effort: str) -> ChatRenderer | None:
+        """The renderer of the same template whose switch says how long to think; None for a template without one.
+
+        Where the switch is on or off, `none` and `minimal` are off. It is whichever of SWITCHES changes what stands
+        before an answer.
+        """
+        if effort not in self._efforts:
+            switch = next((switch for switch in SWITCHES if self._heeds(*switch)), None)
+            set_to = effort if switch and isinstance(switch[1], str) else effort not in ("none", "minimal")
+            variables = None if switch is None else {switch[0]: set_to}
+            self._efforts[effort] = None if variables is None else self._reading(variables)
+        return self._efforts[effort]
+
+    def _reading(self, variables: Mapping[str, Any]) -> ChatRenderer:
+        """This renderer with variables for its template: other prompts, and answers that begin and end as they did."""
+        switched = copy.copy(self)
+        switched.tokenizer = Tokenizer(self.tokenizer.hf, variables)
+        return switched
+
+    def _heeds(self, name: str, *values: bool | str) -> bool:
+        """Whether the template writes something else for each of these values of a variable."""
+        asked = [Message("user", "Hi").to_dict()]
+        texts = [Tokenizer(self.tokenizer.hf, {name: v}).apply_chat_template(asked, (), True) for v in values]
+        return len(set(texts)) == len(texts)
 
     def _piece(self, text: str, start: int, stop: int, marks: Marks = NO_MARKS) -> list[int]:
         return encode_marked(self.tokenizer, text[start:stop], marks, continues=start > 0)

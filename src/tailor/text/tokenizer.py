@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tailor.errors import ConfigError, NotFoundError
@@ -33,6 +34,9 @@ ANCHORS = ("\n", "0", ".")
 """Texts for a piece to continue; the first that does not melt into the piece's first token is taken."""
 
 
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+
+
 class Tokenizer:
     """A thin, typed view of a transformers tokenizer: no hidden special tokens, no clean-up, no padding.
 
@@ -40,8 +44,10 @@ class Tokenizer:
     training example's tokens by construction. Raises ConfigError for named chat templates none of which is `default`.
     """
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, variables: Mapping[str, Any] = NO_VARIABLES) -> None:
+        """`variables` are what the chat template can read beside messages and tools."""
         self.hf = hf
+        self.variables = dict(variables)
         self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int | None = hf.eos_token_id
         self.special_ids = frozenset(
@@ -67,7 +73,8 @@ class Tokenizer:
         self.hf("")  # switches off what an earlier call may have left switched on
         packages = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
         ids = (self.bos_id, self.eos_id, sorted(self.special_ids))
-        parts = [backend.to_str(), self.chat_template, self._tool_template, self.hf.special_tokens_map, *ids, *packages]
+        templates = [self.chat_template, self._tool_template, self.variables]
+        parts = [backend.to_str(), *templates, self.hf.special_tokens_map, *ids, *packages]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
@@ -150,6 +157,7 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=generate,
                 date_string=DATE_STRING,
+                **self.variables,
             )
         )
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from tailor.errors import ConflictError, DataError
-from tailor.store import atomic_folder, recover, write_json
+from tailor.store import atomic_folder, recover, write_json, writing
 from tailor.training.trainer import SlotRun
 
 FOLDER = "checkpoint"
@@ -25,7 +25,8 @@ def save_checkpoint(folder: Path, runs: list[SlotRun]) -> None:
         for number, run in enumerate(runs):
             tensors = {f"optimizer/{name}": tensor for name, tensor in run.optimizer.state().items()}
             tensors |= {f"best/{name}": tensor.contiguous() for name, tensor in run.best_state.items()}
-            save_file(tensors, draft / f"{number}.safetensors")
+            with writing(folder / FOLDER):
+                save_file(tensors, draft / f"{number}.safetensors")
             write_json(draft / f"{number}.json", _counters(run))
 
 

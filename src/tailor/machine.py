@@ -1,7 +1,8 @@
-"""The machine: what a report of measurements must say of it, and how much memory is free."""
+"""The machine: what a report of measurements must say of it, how much memory is free, and what is done with it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -51,3 +52,24 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 2 GiB that are freed, for the next tensors, instead of returning them at once.
+
+    Each pass makes and frees the same large tensors, and memory that comes back from the system costs a fault for every
+    4 KiB: as much as the arithmetic of a prompt's pass, where it was measured (docs/log.md). With glibc only, and not
+    where MALLOC_* or GLIBC_TUNABLES in the environment say something else.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in _GLIBC.items():
+        mallopt(parameter, value)
+
+
+_GLIBC = {-1: 2**31 - 1, -3: 2**25}
+"""M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD, which may not be more."""
