@@ -13,6 +13,7 @@ modules go on when the numbers differ (`Stepper`). n tokens, one of each sequenc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -106,10 +107,16 @@ class DecodeStep:
         adds = any(span.slot in self.host.slots and self.host.slots[span.slot].blocks for span in plan.spans)
         x = self.host.model.get_submodule(self.embedding)(input_ids[None])[0]
         cos, sin = (angles[0][:, None] for angles in self.rotary(x[None], position_ids[None]))
+        if cos.shape[-1] == self.size and cos.dtype == x.dtype:  # as `rotated` does it, with the halves swapped
+            half = self.size // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            turn = partial(_rolled, cos=cos, sin=sin, half=half)
+        else:
+            turn = partial(rotated, cos=cos, sin=sin)
         for layer in self.layers:
             own = pieces[len(PRODUCTS) * layer.number :]
             h = layer.norm.forward(x)
-            y = self._attended(plan, layer, h, (cos, sin), own)
+            y = self._attended(plan, layer, h, turn, own)
             x = x + (self._added("attention", layer, h, y) if adds else y)
             h = layer.mlp_norm.forward(x)
             y = self._through_mlp(layer, h, own)
@@ -117,21 +124,22 @@ class DecodeStep:
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _attended(
-        self, plan: Plan, layer: _Layer, x: Tensor, angles: tuple[Tensor, Tensor], pieces: Sequence[Sequence[Piece]]
+        self, plan: Plan, layer: _Layer, x: Tensor, turn: Callable[[Tensor], Tensor], pieces: Sequence[Sequence[Piece]]
     ) -> Tensor:
         """(n, H) → (n, H): the attention block. Heads stand side by side: of queries, of keys, of values."""
         qkv, out = layer.products[:2]
         heads = changed(qkv, x, qkv.bias, pieces[0]).view(len(x), -1, self.size)
-        turned, value = heads[:, : -self.groups], heads[:, -self.groups :]
+        num, groups = heads.shape[1], self.groups
+        turned, value = torch.split_with_sizes(heads, (num - groups, groups), dim=1)
         if layer.head_norms is not None:
-            parts = turned.split((turned.shape[1] - self.groups, self.groups), dim=1)
-            turned = torch.cat([norm(part) for norm, part in zip(layer.head_norms, parts, strict=True)], dim=1)
+            parts = torch.split_with_sizes(turned, (num - 2 * groups, groups), dim=1)
+            turned = torch.cat([norm.forward(part) for norm, part in zip(layer.head_norms, parts, strict=True)], dim=1)
         if layer.rotates:
-            turned = rotated(turned, *angles)
-        query, key = turned[:, : -self.groups], turned[:, -self.groups :]
+            turned = turn(turned)
+        query, key = torch.split_with_sizes(turned, (num - 2 * groups, groups), dim=1)
         decoding = plan.decoding(x.device)
-        parts = [decode(group, layer.number, query, key, value, layer.options) for group in decoding.groups]
-        return changed(out, decoding.answered(parts).flatten(1), out.bias, pieces[1])
+        found = [decode(group, layer.number, query, key, value, layer.options) for group in decoding.groups]
+        return changed(out, decoding.answered(found).flatten(1), out.bias, pieces[1])
 
     def _through_mlp(self, layer: _Layer, x: Tensor, pieces: Sequence[Sequence[Piece]]) -> Tensor:
         """(n, H) → (n, H): the MLP block."""
@@ -144,6 +152,11 @@ class DecodeStep:
         """A block's output, which nobody else holds, with what slots add to it."""
         block = self.host.block_named(f"{self.stem}.{layer.number}.{kind}")
         return y if block is None else block.add(x, y)
+
+
+def _rolled(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
+    """`rotated` for whole heads: `sin` is negative in its first half."""
+    return torch.addcmul(x * cos, x.roll(half, -1), sin)
 
 
 class Stepper:

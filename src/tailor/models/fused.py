@@ -32,10 +32,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     if torch.is_grad_enabled() or x.numel() > CHUNK:
         return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return, no-untyped-call]
     # a step of generation: as few calls as can be, and a mean is a slow one
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     inverse = torch.addcmul(_constant(eps, wide), length, length, value=1 / x.shape[-1]).rsqrt_()
-    return (x * inverse).mul_(weight + offset if offset else weight).to(x.dtype)
+    normed = (x * inverse).mul_(weight + offset if offset else weight)
+    return normed if x.dtype == wide else normed.to(x.dtype)
 
 
 @cache

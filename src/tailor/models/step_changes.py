@@ -76,26 +76,30 @@ class StepChanges:
     def _placed(self, plan: Plan, banks: Sequence[_Stacked | None]) -> tuple[tuple[Piece, ...], ...]:
         """The banks with the tokens of this pass."""
         owners = [span.slot for span in plan.spans for _ in range(span.end - span.start)]
-        rows: dict[tuple[int, ...], Rows | None] = {}
+        rows: dict[tuple[tuple[int, ...], bool], Rows | None] = {}
         found: list[tuple[Piece, ...]] = []
         for stacked in banks:
             if stacked is None:
                 found.append(())
                 continue
-            if stacked.slots not in rows:
-                rows[stacked.slots] = self._rows(owners, stacked.slots)
-            own = rows[stacked.slots]
+            key = (stacked.slots, stacked.bank.inputs is None)
+            if key not in rows:
+                rows[key] = self._rows(owners, *key)
+            own = rows[key]
             found.append(() if own is None else ((own, stacked.bank),))
         return tuple(found)
 
-    def _rows(self, owners: Sequence[int], slots: Sequence[int]) -> Rows | None:
-        """Whose the tokens are among these slots; None when they are nobody's."""
+    def _rows(self, owners: Sequence[int], slots: Sequence[int], cropped: bool) -> Rows | None:
+        """Whose the tokens are among these slots, all or from the first to the last of theirs; None: nobody's."""
         numbers = {slot: number for number, slot in enumerate(slots)}
         members = [numbers.get(slot, len(slots)) for slot in owners]
-        if min(members) == len(slots):
+        theirs = [place for place, member in enumerate(members) if member < len(slots)]
+        if not theirs:
             return None
+        start, end = (theirs[0], theirs[-1] + 1) if cropped else (0, len(members))
+        members = members[start:end]
         alone = len(slots) == 1 and not any(members)
-        return Rows(0, len(members), torch.tensor(members, device=self.host.device), len(slots), alone=alone)
+        return Rows(start, end, torch.tensor(members, device=self.host.device), len(slots), alone=alone)
 
     def _stack(self, plan: Plan, present: Sequence[int]) -> _Stack:
         """The banks of the slots that are present. One that holds some more is as good: sequences come and go."""
