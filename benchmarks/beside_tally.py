@@ -128,7 +128,7 @@ RATES_SHOWN = {"tokens_per_second": ("idle", "tokens a second"), "steps_per_seco
 
 def table(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Two lines of times (p50 / p95 / p99) and two of rates for each setting; ratios are medians of the pairs."""
-    lines = [f"{'setting':10} {'':16}{'without':>24}{'beside':>26}{'ratio':>22}   least to greatest"]
+    lines = [f"{'setting':10} {'':16}{'without':>24}  {'beside':>26}  {'ratio':>24}   least to greatest"]
     for setting, told in settings.items():
         for name, title in TIMES_SHOWN.items():
             of, ratios = told[name], told[name]["ratio"]
@@ -143,7 +143,7 @@ def table(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _line(setting: str, title: str, shown: Sequence[str], spread: str) -> str:
-    return f"{setting:10} {title:16}{shown[0]:>24}{shown[1]:>26}{shown[2]:>22}   {spread}"
+    return f"{setting:10} {title:16}{shown[0]:>24}  {shown[1]:>26}  {shown[2]:>24}   {spread}"
 
 
 def _range(spread: Mapping[str, float | None]) -> str:

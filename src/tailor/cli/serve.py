@@ -60,7 +60,7 @@ MaxKvGb = Annotated[float | None, typer.Option("--max-kv-gb", min=0, help="Memor
 Int8 = Annotated[
     bool,
     typer.Option(
-        "--int8", help="Decode with weights in 8 bits on a CPU: quicker for few requests, a little less exact."
+        "--int8", help="Decode with weights in 8 bits on a CPU: quicker for large bases, a little less exact."
     ),
 ]
 MaxModelsGb = Annotated[

@@ -40,7 +40,9 @@ class EngineSettings(Strict):
     max_kv_bytes: int | None = Field(None, ge=0, description="memory for keys and values; none: what is asked for")
     max_prefix_bytes: int = Field(2**28, ge=0, description="memory for beginnings that prompts share; 0 keeps none")
     max_waiting: int | None = Field(None, ge=0, description="sequences that may wait before others are refused")
-    int8: bool = Field(False, description="decode with weights in 8 bits, on a CPU: quicker, and a little less exact")
+    int8: bool = Field(
+        False, description="decode with weights in 8 bits, on a CPU: quicker for large bases, a little less exact"
+    )
 
 
 class Engine:

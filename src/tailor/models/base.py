@@ -16,7 +16,7 @@ from tailor.errors import ConfigError, ResourceError, nearest
 from tailor.machine import keep_freed_memory
 from tailor.models import attention
 from tailor.models.attention import ATTENTION
-from tailor.models.decode_step import Stepper
+from tailor.models.decode_step import LIMIT, Stepper, apart
 from tailor.models.files import fingerprint, resolve, weight_files
 from tailor.models.fused import fuse
 from tailor.models.host import SlotHost
@@ -54,7 +54,7 @@ class Base:
         self.dtype = next(model.parameters()).dtype
         self.fingerprint = base_print
         self.host = SlotHost(model, placement_of(self.config), tokenizer)
-        self.stepper = Stepper(self.host, _limit(self.dtype))
+        self.stepper = Stepper(self.host)
         self.max_seq_len = context_length(self.config)
         quantised = nf4_layers(model)
         self.quantize = QUANTISED[0] if quantised else None
@@ -298,28 +298,21 @@ def _check_probe(base: Base, stock: Tensor) -> None:
     beside = [Segment(0, end), Segment(end, 2 * end)]
     shared = [Segment(0, half), *(Segment(k * half, (k + 1) * half, parent=0, position0=half) for k in (1, 2))]
     off = max(_off(base, ids + ids, beside, stock), _off(base, ids + ids[half:], shared, stock[half:]))
-    limit = _limit(base.dtype)
-    if not off < limit:
+    if not off < LIMIT[base.dtype]:
         raise ConfigError(
             f"{base.name}: the packed forward pass differs from the stock model's by {off:.1e} of a logit's spread",
             hint="this architecture variant is not supported; nothing was trained or generated",
         )
 
 
-def _limit(dtype: torch.dtype) -> float:
-    """How far two ways to compute the same may lie apart, of the numbers' spread."""
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-
-
 @torch.no_grad()
 def _off(base: Base, ids: list[int], segments: list[Segment], stock: Tensor) -> float:
-    """Greatest difference of the last sequence's logits from `stock`, relative to how much those vary."""
+    """How far the last sequence's logits are from `stock`."""
     plan = Plan.of(segments)
     positions = torch.cat([torch.arange(s.length) + s.position0 for s in segments]).to(base.device)
     with base.host.run(plan):
         ours = base.head.logits(base.hidden(plan, torch.tensor(ids, device=base.device), positions))
-    difference = (ours[-len(stock) :].float() - stock).abs().max()
-    return float(difference) / (float(stock.std()) or 1.0)
+    return apart(ours[-len(stock) :], stock.to(base.dtype))
 
 
 def pick_device(device: str) -> torch.device:
