@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tailor.data.packing import Segment
 from tailor.errors import ConfigError
 from tailor.inference.backend import SamplingParams
 from tailor.inference.engine import Engine, EngineSettings
@@ -17,6 +18,7 @@ from tailor.models import decode_step
 from tailor.models.base import Base
 from tailor.models.linear import LinearDelta, Terms
 from tailor.models.packed import Int8Linear, PackedLinear, has_int8, packs
+from tailor.models.plan import Plan
 from tailor.models.slots import Slot
 from tailor.techniques.adapter import Adapter
 from tailor.techniques.full import Full
@@ -97,12 +99,24 @@ def test_a_mixed_batch_gets_the_numbers_of_full_recompute(model_type: str) -> No
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
-def test_other_forms_are_told_by_their_names_or_numbers(model_type: str) -> None:
+def test_other_forms_take_the_long_way(model_type: str) -> None:
     base = tiny_base(model_type, torch.float64)
     batch = answer(base, [None])
     assert base.stepper.step is None
     assert base.stepper.refused
     check(base, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("model_type", "changes"), [("gemma", {}), ("granite", {}), ("llama", {"hidden_act": "gelu"})])
+def test_what_differs_little_is_told_too(model_type: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    base = tiny_base(model_type, dtype, **changes)
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            parameter.mul_(0.05)
+    answer(base, [None])
+    assert base.stepper.step is None
+    assert base.stepper.refused
 
 
 def test_biases_of_joined_layers_stand_where_their_layers_do() -> None:
@@ -124,6 +138,11 @@ def test_a_scaled_input_of_one_of_joined_layers_takes_the_long_way() -> None:
     with_it, without = answer(base, [None, *slots]), answer(base, [None, slots[1]])
     check(base, with_it)
     check(base, without)
+    step, calls = base.stepper.step, []
+    of = step.changes.of
+    step.changes.of = lambda plan: calls.append(of(plan)) or calls[-1]  # type: ignore[assignment]
+    answer(base, [None, slots[1]])
+    assert None not in calls  # the other one does not hold this one up
 
 
 def test_new_weights_are_seen() -> None:
@@ -186,6 +205,9 @@ def test_without_memory_for_a_copy_the_modules_go_on(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(decode_step, "memory", lambda: (2 * weights, 4 * weights))
     check(base, answer(base, [None]))
     assert base.stepper.step is None
+    monkeypatch.setattr(decode_step, "memory", lambda: (2 * weights + 1, 4 * weights))
+    check(base, answer(base, [None]))
+    assert base.stepper.step is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -259,12 +281,30 @@ def test_decoding_in_8_bits_is_near_and_customizations_stay_exact() -> None:
         off = (torch.tensor(sequence.logprobs) - chosen).abs()
         assert float(off[0]) < 1e-4  # the prompt's own pass is in full precision
         assert 0 < float(off[1:].max()) < 0.5
-    Engine(base, ())
-    assert not base.stepper.int8
-    check(base, answer(base, slots), 1e-4)
+    check(base, answer(base, slots), 1e-4)  # another engine, without int8
+    again = Running([*PROMPTS[1]], 0, sampling)
+    engine.run([again])
+    assert base.stepper.step is not None
+    assert isinstance(base.stepper.step.head, Int8Linear)
 
 
 @pytest.mark.parametrize(("model_type", "dtype"), [("gemma", torch.float32), ("llama", torch.float64)])
 def test_int8_without_effect_is_an_error(model_type: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match="int8"):
         Engine(tiny_base(model_type, dtype), (), EngineSettings(int8=True))
+
+
+def test_two_adapters_on_a_block_see_the_same_with_and_without_gradients() -> None:
+    base = tiny_base("llama", torch.float64)
+    pair = [
+        Adapter(bottleneck_size=3, init_up="xavier"),
+        Adapter(bottleneck_size=2, init_up="xavier", weight_tying=True),
+    ]
+    slot = base.host.attach(pair)
+    plan = Plan.of([Segment(0, 6, slot.number)])
+    ids = torch.arange(5, 11)
+    found = []
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), base.host.run(plan):
+            found.append(base.hidden(plan, ids, torch.arange(6)).detach())
+    torch.testing.assert_close(found[1], found[0])

@@ -62,7 +62,8 @@ def intact(artifact: Artifact) -> Artifact:
 
 
 def changed(artifact: Artifact) -> str | None:
-    """Which file is not as it was written, and how; None when all are. Files that were added later do not count.
+    """Which file is not as it was written, and how; None when all are. Files that were added later do not count, nor
+    does the state that training goes on from where it was taken away: answers do not need it.
 
     Where `tailor.json` is older than its list of files, all of them are compared at once.
     """
@@ -72,6 +73,8 @@ def changed(artifact: Artifact) -> str | None:
         same = wanted is None or wanted == content_hash(described(artifact.folder))
         return None if same else f"the files in {artifact.folder} are not those that were written"
     for name, facts in files.items():
+        if Path(name).name == TRAINING_STATE and not (artifact.folder / name).is_file():
+            continue
         if (how := _difference(artifact.folder / name, facts, artifact.is_base)) is not None:
             return f"{artifact.folder / name} {how}"
     return None

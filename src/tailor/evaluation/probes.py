@@ -358,7 +358,8 @@ def _together(
     """Answers that never stop early; all requests are in every pass, from the first to the last."""
     sequences = [_sequence(backend, name, prompt, max_new_tokens) for name, prompt in requests]
     room = sum(len(s.prompt_ids) for s in sequences)
-    limits = EngineSettings(max_sequences=len(sequences), tokens_per_pass=room, max_prefix_bytes=0)
+    int8 = backend.engine.settings.int8
+    limits = EngineSettings(max_sequences=len(sequences), tokens_per_pass=room, max_prefix_bytes=0, int8=int8)
     Engine(backend.base, (), limits).run(sequences)
     return sequences
 
@@ -374,7 +375,8 @@ def _answer_one(
 
     With `earlier`, another prompt was answered before, and what both begin with is known.
     """
-    engine = Engine(backend.base, (), prefixes=PrefixCache(0) if earlier is None else None)
+    settings = EngineSettings(int8=backend.engine.settings.int8)
+    engine = Engine(backend.base, (), settings, prefixes=PrefixCache(0) if earlier is None else None)
     if earlier is not None:
         engine.run([_sequence(backend, name, earlier, 1)])
     times = [time.perf_counter()]

@@ -70,16 +70,16 @@ class Engine:
         self.max_waiting = settings.max_waiting
         self.num_prefilled = 0
         self.num_generated = 0
-        base.stepper.use_int8(settings.int8)
         if settings.int8:
             self._try_int8()
 
     def _try_int8(self) -> None:
         """Take a step with weights in 8 bits. Raises ConfigError when this base's decoder has none."""
-        probe = Running([0, 0], BASE_SLOT, SamplingParams(max_new_tokens=2, ignore_stop=True))
+        probe = Running([1, 3, 2, 5, 8, 4], BASE_SLOT, SamplingParams(max_new_tokens=2, ignore_stop=True))
         self.run([probe])
         if self.base.stepper.step is None:
-            raise ConfigError(f"int8: decoding in 8 bits is not there for {self.base.name}: {self.base.stepper.reason}")
+            reason = self.base.stepper.reason or "there is no memory for a copy of its weights"
+            raise ConfigError(f"int8: decoding in 8 bits is not there for {self.base.name}: {reason}")
 
     @property
     def max_sequences(self) -> int:
@@ -196,6 +196,7 @@ class Engine:
             places += range(len(ids) - self._num_logits(sequence, num), len(ids))
         plan = Plan.of(segments, caches=[sequence.cache for sequence, _ in chosen])
         device = self.base.device
+        self.base.stepper.use_int8(self.settings.int8)  # another engine of the base may have other settings
         with self.base.host.run(plan):
             hidden = self.base.hidden(plan, torch.tensor(ids, device=device), torch.tensor(positions, device=device))
             return self.base.logits_at(plan, hidden, torch.tensor(places, device=device, dtype=torch.long))

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,12 @@ class Worker:
             self._ask_to_stop(running, self.settings.grace_seconds)
         told = True
         while self._running:
+            with suppress(UnavailableError):
+                self._beat()
+            self._fence()
+            for running in [r for r in self._running if not r.process.is_here]:  # none of ours to end; others see to it
+                self._running.remove(running)
+                told = False
             for running in list(self._running):
                 told = self._see_off(running) and told
             time.sleep(min(0.05, self.settings.poll_seconds))
@@ -198,10 +205,13 @@ class Worker:
         """Whether the lease may be over soon."""
         return self.queue.shared and time.monotonic() - self._last_beat > self.settings.lease_seconds / 2
 
-    def step(self) -> None:
-        """Show life, look after the processes, take over those of lost workers, begin what may begin."""
+    def _beat(self) -> None:
         self.queue.beat(self.id)
         self._last_beat = time.monotonic()
+
+    def step(self) -> None:
+        """Show life, look after the processes, take over those of lost workers, begin what may begin."""
+        self._beat()
         for running in list(self._running):
             try:
                 self._look(running)

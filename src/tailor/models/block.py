@@ -116,9 +116,10 @@ class SlotBlock:
                 stack(rows.of(inputs), rows.of(outputs), rows)
                 continue
             for span in [span for span in touched if span.slot in slots]:
-                for number, delta in enumerate(self.deltas[span.slot]):
-                    own = outputs[span.start : span.end]
-                    added = delta.change(inputs[span.start : span.end], own)
+                deltas, own = self.deltas[span.slot], outputs[span.start : span.end]
+                before = own.clone() if len(deltas) > 1 else own  # all of them see what the block gave
+                for number, delta in enumerate(deltas):
+                    added = delta.change(inputs[span.start : span.end], before)
                     own += self._noisy(added, plan, span, number, delta.dropout)
         return outputs
 

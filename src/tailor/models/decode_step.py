@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tailor.models.placement import Block
     from tailor.models.plan import Plan
 
+MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+"""Whose layers are of the form. Others have their names too and scale something: little, seen in half precision."""
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -194,13 +196,19 @@ class Stepper:
 
     def use_int8(self, wanted: bool) -> None:
         """Decode with weights in 8 bits from now on, or no more. Raises ConfigError where that cannot be."""
+        if wanted == self.int8:
+            return
         if wanted and not has_int8(self.host.dtype):
             raise ConfigError(
                 f"int8: this processor or torch has no products of integers to go with {self.host.dtype}",
                 hint="it takes a CPU, and dtype float32 or bfloat16",
             )
-        if wanted != self.int8:
-            self.int8, self.step = wanted, None
+        self.int8, self.step = wanted, None
+
+    def has_room(self) -> bool:
+        """Whether there is memory for a copy of the weights, now."""
+        free = memory()
+        return free is None or 2 * sum(p.nbytes for p in self.host.weights) < free[0]
 
     def run(self, plan: Plan, input_ids: Tensor, position_ids: Tensor, modules: Callable[[], Tensor]) -> Tensor:
         """(n, H) hidden states of a plan that decodes; `modules` computes them the long way."""
@@ -210,7 +218,7 @@ class Stepper:
         self.step = None
         expected = modules()
         self.reason = self.reason or other_form(self.host)
-        if self.refused:
+        if self.refused or not self.has_room():
             return expected
         step = DecodeStep(self.host, plan.options, PackedLinear)
         hidden = step(plan, input_ids, position_ids)
@@ -234,6 +242,8 @@ def other_form(host: SlotHost) -> str:
     decoder: nn.Module = host.model.base_model  # type: ignore[assignment]
     if host.device.type != "cpu":
         return f"it is on {host.device.type}"
+    if host.placement.model_type not in MODEL_TYPES:
+        return f"decoder layers of {host.placement.model_type} are not of Llama's form"
     stack = host.model.get_submodule(host.placement.layers(host.model))
     layers = [dict(layer.named_children()) for layer in stack.children()]
     around = hasattr(decoder, "rotary_emb") and hasattr(decoder, "norm")
@@ -245,8 +255,10 @@ def other_form(host: SlotHost) -> str:
             return "its attention is not of Llama's form"
         if not all(isinstance(_own(parts[part], name), nn.Linear) for part, names in PRODUCTS for name in names):
             return "its linear layers are not of Llama's form, or quantised"
-    free, wanted = memory(), 2 * sum(p.nbytes for p in host.weights)
-    return "" if free is None or wanted < free[0] else "there is no memory for a copy of its weights"
+        probe = torch.linspace(-4, 4, 9)
+        if not torch.allclose(parts["mlp"].act_fn(probe), nn.functional.silu(probe)):  # type: ignore[operator]
+            return "its MLP has another activation than Llama's"
+    return ""
 
 
 def _own(parent: nn.Module, name: str) -> nn.Module | None:

@@ -106,16 +106,23 @@ class StepChanges:
         epochs = {number: plan.state_of(self.host.slots[number]) for number in present}
         most = 2 * len(epochs) + 2
         for key, stack in reversed(self._stacks.items()):
-            if epochs.items() <= stack.epochs.items() and len(stack.epochs) <= most:
+            usable = stack.banks is not None or stack.epochs == epochs  # it may be another slot that cannot be joined
+            if usable and epochs.items() <= stack.epochs.items() and len(stack.epochs) <= most:
                 self._stacks.move_to_end(key)
                 return stack
         if self._stacks:
             last = next(reversed(self._stacks.values()))
             there = {n: plan.state_of(self.host.slots[n]) for n in last.epochs if n in self.host.slots}
-            if len(there | epochs) <= most and last.banks is not None:
-                epochs = there | epochs
-        slots = tuple(sorted(epochs))
-        self._stacks[slots] = stack = _Stack(epochs, self._stacked(slots))
+            if last.banks is not None and len(there | epochs) <= most:
+                stack = _Stack(there | epochs, self._stacked(tuple(sorted(there | epochs))))
+                if stack.banks is not None:
+                    return self._kept(stack)
+        return self._kept(_Stack(epochs, self._stacked(tuple(sorted(epochs)))))
+
+    def _kept(self, stack: _Stack) -> _Stack:
+        """Remember a stack as the last."""
+        slots = tuple(sorted(stack.epochs))
+        self._stacks[slots] = stack
         self._stacks.move_to_end(slots)
         if len(self._stacks) > KEPT_STACKS:
             self._stacks.popitem(last=False)

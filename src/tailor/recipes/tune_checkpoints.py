@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def save_states(prepared: Prepared, run: Run, slot_run: SlotRun, facts: Mapping[
         if step == best_step:
             continue
         name = artifacts.checkpoint_name(output.name, step)
-        metrics = {"validation_loss": losses[step].get("validation_loss"), "num_steps": step}
+        loss = losses[step].get("validation_loss")
+        finite = loss is not None and math.isfinite(loss)
+        metrics = {"validation_loss": loss if finite else None, "num_steps": step}
         own = {**facts, "run": run.name, "metrics": metrics, "checkpoint": {"of": output.name, "step": step}}
         slot = prepared.base.host.attach(prepared.techniques, seed=prepared.recipe.train.seed)
         try:

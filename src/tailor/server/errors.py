@@ -122,6 +122,7 @@ def _of_tailor(error: TailorError) -> ApiError:
     if isinstance(error, AuthError):
         return ApiError(403, message, code="model_not_allowed")
     if isinstance(error, DamageError):  # the client did nothing wrong, and cannot mend it
+        message = "The files of this model are damaged; the server's log says which."
         return ApiError(500, message, code="model_damaged", headers=NO_RETRY)
     if isinstance(error, MissingDependencyError):
         return ApiError(500, message, code=error.code, headers=NO_RETRY)

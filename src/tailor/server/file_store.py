@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 
 from pydantic import Field
 from sqlalchemy import BigInteger, Column, ColumnElement, Engine, MetaData, Row, String, Table, delete, insert, select
+from sqlalchemy.exc import IntegrityError
 
 from tailor.config import Strict
 from tailor.data.rows import ROW_LIMIT, RawRow, RowError, oversized, parse
@@ -113,7 +114,9 @@ class FileStore:
         try:
             with self._engine.begin() as connection:
                 connection.execute(insert(FILES).values(**values))
-        except BaseException:
+        except BaseException as error:
+            if id is not None and isinstance(error, IntegrityError) and (known := self._find(FILES.c.id == id)):
+                return known[0]  # somebody else was quicker, and the file is theirs
             path.unlink(missing_ok=True)
             raise
         return self.get(file_id)

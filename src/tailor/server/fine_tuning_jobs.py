@@ -41,7 +41,7 @@ from tailor.server.fine_tuning_recipe import (
     starting_point,
 )
 from tailor.server.fine_tuning_rows import Refused, check_rows
-from tailor.server.job_events import STEP, kept, model_of_checkpoint, results_csv
+from tailor.server.job_events import STEP, kept, kept_states, model_of_checkpoint, results_csv
 from tailor.server.protocol_jobs import RESULTS, CreateJob, FineTuningJob, JobError, JobHyperparameters
 from tailor.store import text_hash
 
@@ -311,8 +311,8 @@ def is_there(name: str) -> bool:
 
 def _models_of(job: Job) -> dict[str, str]:
     """The models that a job has made, and their artifacts."""
-    kept = (job.result or {}).get("checkpoints", ())
-    return {job.model: job.name, **{model_of_checkpoint(job, facts): facts["artifact"] for facts in kept}}
+    states = {model_of_checkpoint(job, facts): facts["artifact"] for facts in kept_states(job)}
+    return {job.model: job.name, **states}
 
 
 def _error(job: Job) -> JobError | None:

@@ -69,7 +69,6 @@ def kept(best: int, steps: Mapping[int, str], artifact: str, lines: Sequence[Map
 
 def checkpoints_of(job: Job, is_there: Callable[[str], bool]) -> list[Checkpoint]:
     """The states of a job that can be used, newest first: that which is its model, and the ends of its last epochs."""
-    result = job.result or {}
     return [
         Checkpoint(
             id=f"ftckpt_{job.id.removeprefix('ftjob-')}{facts['step']}",
@@ -79,9 +78,17 @@ def checkpoints_of(job: Job, is_there: Callable[[str], bool]) -> list[Checkpoint
             metrics=CheckpointMetrics(**{key: value for key, value in facts.items() if key != "artifact"}),
             step_number=facts["step"],
         )
-        for facts in reversed(result.get("checkpoints", ()))
+        for facts in reversed(kept_states(job))
         if is_there(facts["artifact"])
     ]
+
+
+def kept_states(job: Job) -> Sequence[Mapping[str, Any]]:
+    """The facts of the states that a job has kept; earlier versions kept one."""
+    result = job.result or {}
+    if "checkpoints" not in result and result.get("checkpoint"):
+        return [{"artifact": job.name, **result["checkpoint"]}]
+    return result.get("checkpoints", ())  # type: ignore[no-any-return]
 
 
 def model_of_checkpoint(job: Job, facts: Mapping[str, Any]) -> str:
